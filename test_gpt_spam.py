@@ -1,0 +1,567 @@
+"""Offline tests: `python -m pytest -q test_gpt_spam.py`. PyTorch's own modules judge the layers, bytes that
+TensorFlow wrote judge the reader, counts and plain arithmetic the rest. GPT_SPAM_ONLINE=1 adds the tests that download
+OpenAI's weights and compare with the numbers printed in the book.
+"""
+
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gpt_spam as g
+
+HERE = Path(__file__).resolve().parent
+MICRO = HERE / "weights" / "micro"  # 2 layers, 16 wide, 320 tokens; written by TensorFlow 2.21
+SAMPLE = HERE / "data" / "sample_sms.tsv"
+CFG = g.GPTConfig(vocab_size=50, context_length=12, emb_dim=8, n_heads=2, n_layers=3)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def micro(tmp_path_factory):
+    """The converted micro checkpoint."""
+    return g.find_model(str(MICRO), tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture()
+def tokenizer():
+    return g.build_tokenizer((MICRO / "encoder.json").read_text(), (MICRO / "vocab.bpe").read_text())
+
+
+def small_data(path, count=40):
+    """The shortest bundled messages, as many of each class."""
+    df = g.read_messages(SAMPLE)
+    df = df[df["Text"].str.len().between(10, 40)].groupby("Label").head(count)
+    df.to_csv(path, sep="\t", header=False, index=False)
+    return path
+
+
+def run(*args, **kwargs):
+    """Run the command line in a process of its own."""
+    return subprocess.run([sys.executable, str(HERE / "gpt_spam.py"), *map(str, args)], capture_output=True, text=True, **kwargs)
+
+
+# ---- 6.2 Dataset ----
+
+def test_default_quoting_glues_messages_as_in_the_chapter(tmp_path):
+    file = tmp_path / "sms.tsv"
+    file.write_text('ham\tone\nham\t"two\nspam\tthree"\nspam\tNA\n')
+    df = g.read_messages(file)
+    assert df["Text"].tolist() == ["one", "two\nspam\tthree", "NA"]  # a message "NA" is text, not a missing value
+
+
+def test_balance_and_split():
+    df = pd.DataFrame({"Label": ["ham"] * 70 + ["spam"] * 30, "Text": [str(i) for i in range(100)]})
+    balanced = g.create_balanced_dataset(df)
+    assert balanced["Label"].value_counts().to_dict() == {"ham": 30, "spam": 30}
+    parts = g.random_split(balanced, 0.7, 0.1)
+    assert [len(p) for p in parts] == [42, 6, 12]
+    assert sorted(pd.concat(parts)["Text"]) == sorted(balanced["Text"])
+
+
+@pytest.mark.skipif(not (HERE / "data" / "SMSSpamCollection.tsv").exists(), reason="the SMS Spam Collection is not here")
+def test_counts_of_the_sms_spam_collection():
+    df = g.read_messages(HERE / "data" / "SMSSpamCollection.tsv")
+    assert df["Label"].value_counts().to_dict() == {"ham": 4825, "spam": 747}
+    assert [len(s) for s in g.prepare_splits(HERE / "data" / "SMSSpamCollection.tsv")] == [1045, 149, 300]
+
+
+@pytest.mark.parametrize("content, said", [
+    ("label,text\nham,hi\n", "'ham' or 'spam'"), ("ham\thi\nspam\tyo\n", "at least 5"), ("", "at least 5"), ("\xff", "not a tab-separated UTF-8"),
+    ("spam\ta\nspam\tb\nham\tc\n", "1 ham and 2 spam"),
+])
+def test_wrong_data_is_one_clear_error(tmp_path, content, said):
+    file = tmp_path / "data.tsv"
+    file.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=said):
+        g.prepare_splits(file)
+
+
+# ---- 6.3 Tokenizer and loaders ----
+
+def test_tokenizer_merges_as_byte_pair_encoding_does(tokenizer):
+    """A few lines of plain BPE: always merge the neighbours that stand first in vocab.bpe."""
+    encoder = json.loads((MICRO / "encoder.json").read_text())
+    ranks = {tuple(line.split(" ")): i for i, line in enumerate((MICRO / "vocab.bpe").read_text().split("\n")[1:-1])}
+    space = next(a for a, b in ranks if (a + b)[1:].isalpha() and not (a + b)[0].isascii())[0]  # how a space is written
+
+    def encode(word):
+        parts = list(word.replace(" ", space))
+        while True:
+            pairs = [(ranks[p], i) for i, p in enumerate(zip(parts, parts[1:])) if p in ranks]
+            if not pairs:
+                return [encoder[p] for p in parts]
+            i = min(pairs)[1]
+            parts[i:i + 2] = ["".join(parts[i:i + 2])]
+
+    for word in ("the", " thing", "call", " you", " winner", "zzz"):
+        assert tokenizer.encode_ordinary(word) == encode(word)
+    for text in ("Free entry! £100 😀\n\x00 <|endoftext|>", "ünïcödé", " "):
+        assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    assert tokenizer.eot_token == 319 not in tokenizer.encode_ordinary("<|endoftext|>")
+
+
+def test_tokenizer_files_that_do_not_belong_together():
+    encoder, merges = (MICRO / "encoder.json").read_text(), (MICRO / "vocab.bpe").read_text().split("\n")
+    merges[5], merges[6] = merges[6], merges[5]
+    with pytest.raises(ValueError, match="do not belong together"):
+        g.build_tokenizer(encoder, "\n".join(merges))
+    with pytest.raises(ValueError, match="encoder.json"):
+        g.build_tokenizer("<html>", "")
+
+
+def test_dataset_pads_and_cuts(tokenizer):
+    frame = pd.DataFrame({"Text": ["a", "abcabcabc", ""], "Label": [0, 1, 0]})
+    long = len(tokenizer.encode_ordinary("abcabcabc"))
+    dataset = g.SpamDataset(frame, tokenizer, pad_token_id=319)
+    assert dataset.max_length == long and dataset.inputs.shape == (3, long)
+    assert dataset.inputs[0].tolist() == tokenizer.encode_ordinary("a") + [319] * (long - 1)
+    assert dataset.inputs[2].tolist() == [319] * long
+    cut = g.SpamDataset(frame, tokenizer, max_length=3, pad_token_id=319)
+    assert cut.inputs[1].tolist() == tokenizer.encode_ordinary("abcabcabc")[:3]
+    assert cut[1][1].tolist() == [2] and cut[1][2] == 1
+
+
+def test_loaders_share_one_length_and_only_training_is_shuffled(tokenizer):
+    frames = [pd.DataFrame({"Text": ["x" * (i % 5 + n) for i in range(10)], "Label": [i % 2 for i in range(10)]}) for n in (1, 3, 9)]
+    loaders = g.create_loaders(frames, tokenizer, batch_size=4)
+    assert [len(loader) for loader in loaders] == [2, 3, 3]  # the training loader drops its last 2
+    assert {loader.dataset.inputs.shape[1] for loader in loaders} == {loaders[0].dataset.max_length}
+    assert torch.cat([label for *_, label in loaders[1]]).tolist() == frames[1]["Label"].tolist()
+
+
+# ---- 6.4 Model ----
+
+def test_attention_equals_pytorch():
+    torch.manual_seed(0)
+    ours, theirs = g.MultiHeadAttention(8, 8, 12, 0.0, 2, qkv_bias=True), nn.MultiheadAttention(8, 2, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.W_query.weight, ours.W_key.weight, ours.W_value.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.W_query.bias, ours.W_key.bias, ours.W_value.bias]))
+        theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
+    x = torch.randn(3, 12, 8)
+    later = torch.ones(12, 12, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(ours(x), theirs(x, x, x, attn_mask=later)[0])
+
+
+def test_block_equals_pytorch():
+    torch.manual_seed(0)
+    ours = g.TransformerBlock(CFG).eval()
+    theirs = nn.TransformerEncoderLayer(8, 2, 32, 0.0, lambda x: F.gelu(x, approximate="tanh"), batch_first=True, norm_first=True).eval()
+    names = {"norm1.scale": "norm1.weight", "norm1.shift": "norm1.bias", "norm2.scale": "norm2.weight", "norm2.shift": "norm2.bias"}
+    state = {names.get(k, k.replace("ff.layers.0", "linear1").replace("ff.layers.2", "linear2").replace("att.out_proj", "self_attn.out_proj")): v
+             for k, v in ours.state_dict().items() if "W_" not in k}
+    for kind in ("weight", "bias"):
+        state[f"self_attn.in_proj_{kind}"] = torch.cat([ours.state_dict()[f"att.W_{n}.{kind}"] for n in ("query", "key", "value")])
+    theirs.load_state_dict(state)
+    x = torch.randn(3, 12, 8)
+    later = torch.ones(12, 12, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(ours(x), theirs(x, src_mask=later))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3])
+def test_trunk_then_top_at_some_positions_equals_the_whole_model(cut):
+    torch.manual_seed(0)
+    model, ids = g.GPTModel(CFG).eval(), torch.randint(50, (4, 12))
+    at = torch.tensor([[0, 11], [5, 5], [11, 0], [3, 7]])
+    whole = model(ids)  # (4, 12, 50)
+    torch.testing.assert_close(model.top(model.trunk(ids, cut), cut, at), whole[torch.arange(4)[:, None], at])
+    torch.testing.assert_close(model.top(model.trunk(ids, cut), cut), whole)
+
+
+def test_a_state_dict_of_the_chapter_loads_and_its_mask_is_ignored():
+    torch.manual_seed(0)
+    model = g.GPTModel(CFG)
+    state = dict(model.state_dict())
+    assert not [name for name in state if "mask" in name]
+    chapter = {**state, **{f"trf_blocks.{i}.att.mask": torch.ones(12, 12).triu(1) for i in range(3)}}
+    other = g.GPTModel(CFG)
+    other.load_state_dict(chapter)
+    torch.testing.assert_close(other.state_dict(), state)
+
+
+def test_generate_appends_the_most_likely_token():
+    torch.manual_seed(0)
+    model, idx = g.GPTModel(CFG).eval(), torch.randint(50, (1, 10))
+    out = g.generate_text_simple(model, idx, 4, CFG.context_length)
+    for end in range(10, 14):  # also where the window slides: the context holds 12
+        assert out[0, end] == model(out[:, max(0, end - 12):end])[0, -1].argmax()
+
+
+# ---- 6.4 Checkpoint ----
+
+def micro_values(name, shape):
+    """What the checkpoint was written from: a variable's values depend on its name and shape only."""
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"0:{name}".encode()).digest(), "little"))
+    array = rng.standard_normal(shape, np.float32)
+    array *= 0.01 if name == "model/wpe" else 0.02
+    return array + 1 if name.endswith("/g") else array * 5
+
+
+def test_reader_gives_what_tensorflow_wrote(micro):
+    model, texts, about = g.load_pretrained(micro)
+    state, block = model.state_dict(), "model/h1/"
+    expected = {
+        "tok_emb.weight": micro_values("model/wte", [320, 16]), "pos_emb.weight": micro_values("model/wpe", [1024, 16]),
+        "final_norm.scale": micro_values("model/ln_f/g", [16]), "trf_blocks.1.norm2.shift": micro_values(block + "ln_2/b", [16]),
+        "trf_blocks.1.att.W_key.weight": micro_values(block + "attn/c_attn/w", [1, 16, 48])[0, :, 16:32].T,
+        "trf_blocks.1.att.W_value.bias": micro_values(block + "attn/c_attn/b", [48])[32:],
+        "trf_blocks.1.att.out_proj.weight": micro_values(block + "attn/c_proj/w", [1, 16, 16])[0].T,
+        "trf_blocks.1.ff.layers.0.weight": micro_values(block + "mlp/c_fc/w", [1, 16, 64])[0].T,
+        "trf_blocks.1.ff.layers.2.weight": micro_values(block + "mlp/c_proj/w", [1, 64, 16])[0].T,
+        "out_head.weight": micro_values("model/wte", [320, 16]),
+    }
+    for name, array in expected.items():
+        assert np.array_equal(state[name].numpy(), array), name
+    assert len(state) == 2 + 2 * 16 + 2 + 1 and model.cfg.n_heads == 2
+    assert texts["vocab.bpe"] == (MICRO / "vocab.bpe").read_text()
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 31, 32, 1000, (1 << 20) + 3])
+def test_crc32c_equals_the_shift_register(size):
+    data = np.random.default_rng(size).bytes(size)
+    if size > 1000:  # long ones: joining two parts must equal the whole
+        assert g.crc32c(data, chunk=1 << 19) == g.crc32c(data)
+        return
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    assert g.crc32c(data) == crc ^ 0xFFFFFFFF
+    assert g.crc32c(b"123456789") == 0xE3069283  # the check value of the CRC catalogue
+
+
+def changed_micro(tmp_path, file, change):
+    """A copy of the micro checkpoint with one file changed."""
+    folder = tmp_path / "changed"
+    shutil.copytree(MICRO, folder)
+    (folder / file).write_bytes(change((folder / file).read_bytes()))
+    return folder
+
+
+@pytest.mark.parametrize("file, change, said", [
+    (g.DATA_FILE, lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:], "damaged"),
+    (g.DATA_FILE, lambda b: b[:-4], "ends at byte|more than"),
+    (g.DATA_FILE, lambda b: b + bytes(4), "more than a GPT-2"),
+    (g.INDEX_FILE, lambda b: b[:100] + bytes([b[100] ^ 128]) + b[101:], "damaged|not a checkpoint index"),
+    (g.INDEX_FILE, lambda b: b[:-1], "magic"),
+    (g.INDEX_FILE, lambda b: b"", "magic"),
+    ("hparams.json", lambda b: b.replace(b'"n_layer": 2', b'"n_layer": 1'), "more than a GPT-2"),
+    ("hparams.json", lambda b: b.replace(b'"n_layer": 2', b'"n_layer": 3'), "no tensor model/h2"),
+    ("hparams.json", lambda b: b.replace(b'"n_ctx": 1024', b'"n_ctx": 1023'), "not a float32 of shape"),
+    ("hparams.json", lambda b: b"<html>", "Expecting value"),
+    ("encoder.json", lambda b: b[:100], "encoder.json"),
+])
+def test_a_damaged_checkpoint_is_noticed(tmp_path, file, change, said):
+    with pytest.raises(ValueError, match=said):
+        g.convert_checkpoint(changed_micro(tmp_path, file, change), tmp_path / "out.npz", {})
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_an_npz_that_does_not_fit_its_hparams(tmp_path, micro):
+    with np.load(micro) as npz:
+        arrays = dict(npz)
+    for name, wrong in (("tok_emb.weight", np.zeros((3, 3), np.float32)), ("final_norm.scale", np.full(16, np.nan, np.float32)),
+                        ("pos_emb.weight", np.array([{}], dtype=object))):
+        np.savez(tmp_path / "bad.npz", **{**arrays, name: wrong})
+        with pytest.raises(ValueError):
+            g.load_pretrained(tmp_path / "bad.npz")
+
+
+# ---- 6.5 to 6.8 ----
+
+def test_head_and_what_trains():
+    torch.manual_seed(0)
+    model = g.GPTModel(CFG)
+    g.add_classification_head(model, 2)
+    block = 4 * (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8) + 4 * 8
+    assert g.count_parameters(model) == (block + 2 * 8 + (2 * 8 + 2), 50 * 8 + 12 * 8 + 3 * block + 2 * 8 + 2 * 8 + 2)
+    torch.manual_seed(123)
+    torch.testing.assert_close(model.out_head.weight, nn.Linear(8, 2).weight)
+
+
+def test_counts_of_the_124m():
+    with torch.device("meta"):
+        model = g.GPTModel(g.GPTConfig())
+        g.add_classification_head(model, 2)
+    assert g.count_parameters(model) == (7_090_946, 124_441_346)
+
+
+def test_loss_and_accuracy_against_plain_arithmetic():
+    torch.manual_seed(0)
+    model = g.GPTModel(CFG).train()
+    g.add_classification_head(model, 2)
+    batches = [(torch.randint(50, (n, 12)), torch.full((n, 1), 11), torch.randint(2, (n,))) for n in (4, 4, 1)]
+    losses, right = [], []
+    for ids, _, labels in batches:
+        p = model(ids)[:, -1].softmax(-1)
+        losses.append(-p[torch.arange(len(ids)), labels].log().mean().item())
+        right += (p[:, 1] > p[:, 0]).long().eq(labels).tolist()
+    assert g.calc_loss_loader(batches, model, CPU) == pytest.approx(sum(losses) / 3, rel=1e-5)
+    assert g.calc_loss_loader(batches, model, CPU, 2) == pytest.approx(sum(losses[:2]) / 2, rel=1e-5)
+    assert g.calc_accuracy_loader(batches, model, CPU) == sum(right) / 9
+    assert model.training  # the mode is left as it was
+
+
+def test_training_equals_a_plain_loop(tokenizer, tmp_path):
+    splits = g.prepare_splits(small_data(tmp_path / "d.tsv"))
+
+    def fresh():
+        torch.manual_seed(1)
+        model = g.GPTModel(g.GPTConfig(vocab_size=320, context_length=64, emb_dim=16, n_heads=2, n_layers=2))
+        g.add_classification_head(model, 2, 123)
+        return model, g.create_loaders(splits, tokenizer)
+
+    model, loaders = fresh()
+    result = g.finetune(model, loaders, g.FinetuneConfig(epochs=2, eval_freq=3, lr=1e-3), CPU)
+    other, loaders = fresh()
+    torch.manual_seed(123)
+    optimizer, step = torch.optim.AdamW(other.parameters(), lr=1e-3, weight_decay=0.1), 0
+    for _ in range(2):
+        for ids, _, labels in loaders[0]:
+            optimizer.zero_grad()
+            F.cross_entropy(other(ids)[:, -1], labels).backward()
+            optimizer.step()
+            if step % 3 == 0:  # the chapter's evaluations draw from the same random numbers
+                list(zip(range(1), loaders[0])), list(zip(range(1), loaders[1]))
+            step += 1
+        list(zip(range(1), loaders[0])), list(zip(range(1), loaders[1]))
+    for name, value in other.state_dict().items():
+        if "W_key.bias" not in name:  # softmax ignores it: its gradient is rounding, which AdamW makes large
+            torch.testing.assert_close(model.state_dict()[name], value, atol=1e-4, rtol=1e-3)
+    assert [row["step"] for row in result["history"]] == list(range(0, step, 3))
+    assert [row["examples_seen"] for row in result["history"]] == [8 * (s + 1) for s in range(0, step, 3)]
+
+
+def test_learning_rate_rises_and_falls():
+    factors = [g.learning_rate_factor(step, 10, 0.2, True) for step in range(10)]
+    assert factors == pytest.approx([0.5, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert [g.learning_rate_factor(step, 10, 0.0, False) for step in range(10)] == [1.0] * 10
+
+
+def test_a_loss_that_is_no_number_stops_the_training():
+    model = g.GPTModel(CFG)
+    g.add_classification_head(model, 2)
+    model.out_head.bias.data[0] = float("nan")
+    loader = [(torch.randint(50, (4, 12)), torch.full((4, 1), 11), torch.randint(2, (4,)))]
+    with pytest.raises(ValueError, match="step 0.*--lr"):
+        g.finetune(model, [loader] * 3, g.FinetuneConfig(epochs=1), CPU)
+
+
+# ---- Download ----
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """Serves a dict of files; `faults` is what happens to the first requests."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        content, fault = self.server.files.get(self.path), self.server.faults.pop(0) if self.server.faults else None
+        self.server.asked.append((self.path, self.headers["Range"]))
+        if content is None or fault in (404, 500):
+            self.send_error(fault or 404)
+            return
+        start = 0
+        if self.headers["Range"]:
+            start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        body = content[start:]
+        if fault == "html":
+            body = b"<!DOCTYPE html><title>Please log in</title>"
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if fault == "cut":
+            body, self.close_connection = body[:len(body) // 2], True
+        if fault == "flip":
+            body = bytes([body[0] ^ 255]) + body[1:]
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture()
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files) as httpd:
+        httpd.files, httpd.faults, httpd.asked, httpd.url = {}, [], [], f"http://127.0.0.1:{httpd.server_port}"
+        threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
+        yield httpd
+        httpd.shutdown()
+
+
+@pytest.fixture()
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(g.time, "sleep", lambda seconds: None)
+
+
+CONTENT = np.random.default_rng(0).bytes(3_000_000)
+CONTENT_SHA = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.mark.parametrize("faults", [[], [500], ["cut"], ["cut", None, "cut"], ["flip"]])
+def test_download_ends_right(server, tmp_path, no_pauses, faults):
+    server.files["/f"], server.faults = CONTENT, list(faults)
+    g.download([f"{server.url}/f"], tmp_path / "f", CONTENT_SHA)
+    assert (tmp_path / "f").read_bytes() == CONTENT and [p.name for p in tmp_path.iterdir()] == ["f"]
+    if faults[:1] == ["cut"]:
+        assert any(asked for _, asked in server.asked), "it should go on, not start again"
+
+
+def test_download_takes_the_backup_and_says_what_failed(server, tmp_path, no_pauses):
+    server.files["/good"] = CONTENT
+    g.download([f"{server.url}/missing", f"{server.url}/good"], tmp_path / "f", CONTENT_SHA)
+    assert (tmp_path / "f").read_bytes() == CONTENT
+    with socket.socket() as nobody:  # bound, not listening
+        nobody.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{nobody.getsockname()[1]}/x"
+        with pytest.raises(OSError) as caught:
+            g.download([dead, f"{server.url}/missing"], tmp_path / "new", None)
+    assert dead in str(caught.value) and "404" in str(caught.value) and "by hand" in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_part_of_another_file_is_not_continued(server, tmp_path, no_pauses):
+    server.files |= {"/a": CONTENT, "/b": CONTENT[::-1]}
+    server.faults = ["cut", 404]
+    with pytest.raises(OSError):
+        g.download([f"{server.url}/a"], tmp_path / "f")
+    assert len(list(tmp_path.glob("*.part"))) == 1
+    g.download([f"{server.url}/b"], tmp_path / "f")
+    assert (tmp_path / "f").read_bytes() == CONTENT[::-1] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_log_in_page_or_wrong_file_never_gets_in_place(server, tmp_path, no_pauses):
+    server.files["/f"], server.faults = CONTENT, ["html"]
+    with pytest.raises(ValueError, match="web page"):
+        g.download([f"{server.url}/f"], tmp_path / "f")
+    with pytest.raises(OSError, match="SHA-256"):
+        g.download([f"{server.url}/f"], tmp_path / "f", "0" * 64)
+    assert not (tmp_path / "f").exists()
+
+
+# ---- The whole thing ----
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """`train` on a mirror that serves the micro checkpoint as 124M, and a small collection as UCI's."""
+    folder = tmp_path_factory.mktemp("trained")
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.writestr("../evil", "never unpacked")
+        zipped.writestr("SMSSpamCollection", small_data(folder / "raw.tsv").read_bytes())
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files) as httpd:
+        httpd.files, httpd.faults, httpd.asked = {}, [], []
+        for name in g.FILES_124M:
+            file = MICRO / name
+            httpd.files[f"/gpt-2/models/124M/{name}"] = file.read_bytes() if file.exists() else b"graph"
+        httpd.files["/static/public/228/sms+spam+collection.zip"] = archive.getvalue()
+        threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{httpd.server_port}"
+        places = ["--model", "124M", "--weights-dir", folder / "w", "--data-dir", folder / "d", "--device", "cpu", "--no-verify"]
+        done = run("train", *places, "--weights-url", url, "--data-url", url, "--epochs", 2, "--eval-freq", 4,
+                   "--metrics", folder / "m.json", "--plot", folder / "plots")
+        httpd.shutdown()
+    assert done.returncode == 0, done.stderr
+    return folder, places, done.stdout
+
+
+def test_train_from_a_mirror(trained):
+    folder, places, out = trained
+    assert sorted(p.name for p in (folder / "w").iterdir()) == ["gpt2-124M.npz", "spam_classifier.pth"]
+    assert sorted(p.name for p in (folder / "d").iterdir()) == ["SMSSpamCollection.tsv", "test.csv", "train.csv", "validation.csv"]
+    assert re.search(r"Ep 1 \(Step 000000\): Train loss \d\.\d{3}, Val loss \d\.\d{3}", out)
+    metrics = json.loads((folder / "m.json").read_text())
+    assert [row["step"] for row in metrics["history"]] == [0, 4, 8, 12] and len(metrics["epochs"]) == 2
+    assert set(metrics["final"]) == {"train_accuracy", "val_accuracy", "test_accuracy"}
+    assert f"Test accuracy: {metrics['final']['test_accuracy'] * 100:.2f}%" in out
+    for plot in ("loss", "accuracy"):
+        assert (folder / "plots" / f"{plot}-plot.png").read_bytes().startswith(b"\x89PNG")
+    again = run("train", *places, "--epochs", 0)  # the second start needs no network
+    assert again.returncode == 0, again.stderr
+
+
+def test_classifier_reopens_alone_with_the_same_logits(trained, tmp_path):
+    classifier = g.load_classifier(trained[0] / "w" / "spam_classifier.pth")
+    g.save_classifier(tmp_path / "again.pth", classifier)
+    again = g.load_classifier(tmp_path / "again.pth")
+    texts = g.read_messages(SAMPLE)["Text"].tolist()[:20]
+    assert torch.equal(g.predict(classifier, texts, CPU), g.predict(again, texts, CPU))
+    ids = classifier.tokenizer.encode_ordinary(texts[0])[:classifier.max_length]
+    ids = torch.tensor([ids + [319] * (classifier.max_length - len(ids))])
+    torch.testing.assert_close(g.predict(classifier, texts[:1], CPU), classifier.model(ids)[:, -1].softmax(-1))
+
+
+def test_use(trained):
+    folder, places, out = trained
+    where = ["--weights-dir", folder / "w", "--device", "cpu"]
+    said = run("classify", *where, "hello there", "").stdout.splitlines()
+    assert len(said) == 2 and all(re.fullmatch(r"(ham|spam)\t[01]\.\d{4}\t.*", line) for line in said)
+    accuracy = re.search(r"([\d.]+)% of 16 messages", run("evaluate", *where, "--data-dir", folder / "d").stdout)[1]
+    assert out.count(f"Test accuracy: {accuracy}%") >= 1
+    assert run("generate", "--model", "124M", *where, "--tokens", 3).stdout.startswith("Every effort moves you")
+
+
+@pytest.mark.parametrize("args, said", [
+    (["train", "--model", "gpt5"], "unknown model 'gpt5'"),
+    (["train", "--model", HERE / "data"], "not a checkpoint in OpenAI's layout"),
+    (["train", "--model", MICRO, "--data", "nowhere.tsv"], "no file nowhere.tsv"),
+    (["train", "--model", MICRO, "--data", MICRO / "hparams.json"], "'ham' or 'spam'"),
+    (["train", "--model", MICRO, "--data", SAMPLE, "--out", HERE], "it is a folder"),
+    (["classify", "--classifier", "none.pth", "hi"], "no classifier at none.pth"),
+    (["classify", "--classifier", SAMPLE, "hi"], "not a classifier"),
+    (["train", "--device", "warp", "--model", MICRO, "--data", SAMPLE], "no device 'warp'"),
+    (["train", "--weights-url", "http://127.0.0.1:9", "--model", "124M", "--data", SAMPLE], "http://127.0.0.1:9/gpt-2/models/124M/"),
+])
+def test_bad_input_is_one_error_and_status_2(tmp_path, args, said):
+    if args[0] == "train":
+        args = [*args, "--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d"]
+    done = run(*args)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_readme_and_script_header_name_the_same_packages():
+    header = re.search(r"# dependencies = (\[.*\])", (HERE / "gpt_spam.py").read_text())[1]
+    install = re.search(r"pip install (.*)", (HERE / "README.md").read_text())[1]
+    assert set(json.loads(header)) == set(install.replace('"', "").split())
+
+
+def test_the_file_alone_runs(tmp_path):
+    shutil.copy(HERE / "gpt_spam.py", tmp_path)
+    done = subprocess.run([sys.executable, "gpt_spam.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "classify" in done.stdout and os.listdir(tmp_path) == ["gpt_spam.py"]
+
+
+@pytest.mark.skipif(not os.environ.get("GPT_SPAM_ONLINE"), reason="downloads OpenAI's 124M: set GPT_SPAM_ONLINE=1")
+def test_numbers_printed_in_the_chapter(tmp_path):
+    done = run("train", "--model", "124M", "--data", "sms", "--metrics", tmp_path / "m.json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "Every effort moves you forward.\n\nThe first step is to understand the importance of your work" in done.stdout
+    for line in ("[-3.5983, 3.9902]", "Training accuracy: 46.25%", "Validation accuracy: 45.00%", "Test accuracy: 48.75%",
+                 "Training loss: 2.453", "Validation loss: 2.583", "Test loss: 2.322"):
+        assert line in done.stdout
+    metrics = json.loads((tmp_path / "m.json").read_text())
+    logged = {row["step"]: (row["train_loss"], row["val_loss"]) for row in metrics["history"]}
+    assert logged[0] == pytest.approx((2.153, 2.392), abs=6e-4) and logged[600] == pytest.approx((0.083, 0.074), abs=6e-4)
+    assert [round(100 * metrics["final"][f"{s}_accuracy"], 2) for s in ("train", "val", "test")] == [97.21, 97.32, 95.67]
