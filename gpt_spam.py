@@ -18,18 +18,24 @@ One file, top to bottom in the order of chapter 6 of "Build a Large Language Mod
 
 import argparse
 import contextlib
+import copy
+import csv
+import errno
 import hashlib
+import io
 import json
 import math
 import os
+import queue
 import shutil
-import struct
 import sys
+import tempfile
+import threading
 import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +52,8 @@ try:
     import fcntl  # file locks; not on Windows
 except ImportError:
     fcntl = None
+
+HERE = Path(__file__).resolve().parent
 
 # Dimensions in the comments: batch, tokens, emb = heads * head, vocab, classes, and
 # asked: the positions whose logits are wanted, one or (mean pooling) all.
@@ -64,9 +72,10 @@ class GPTConfig:
     n_layers: int = 12          # transformer blocks
     drop_rate: float = 0.0      # the chapter finetunes without dropout
     qkv_bias: bool = True       # OpenAI's checkpoints have one
+    causal: bool = True         # a token sees itself and what stands before it
 
 
-def setting(default, help, choices=None):
+def setting(default, help, choices=()):
     """A field of FinetuneConfig; the command line takes flag, type, default and help from it."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
@@ -75,25 +84,97 @@ def setting(default, help, choices=None):
 class FinetuneConfig:
     """Every choice of a finetuning run; the defaults are the chapter's."""
 
+    # what is trained
+    trainable_layers: str = setting("last_block", "what is trained besides the new head",
+                                    ("last_layer", "last_block", "last_two_blocks", "all", "lora"))
+    lora_rank: int = setting(8, "columns of LoRA's A")
+    lora_alpha: float = setting(8, "what LoRA's output is multiplied by")
+    weights: str = setting("pretrained", "where the weights start", ("pretrained", "random"))
+    # what the model is asked
+    token_pos: str = setting("last", "the position that the label is read from: last_real is the last before the padding",
+                             ("last", "first", "last_real"))
+    pooling: str = setting("none", "mean: average the logits of all positions instead", ("none", "mean"))
+    causal_mask: bool = setting(True, "a token sees only itself and what stands before it")
+    padding: bool = setting(True, "bring all messages to one length")
+    context_length: str = setting("longest", "that length: longest (training message), model (all it holds), or a number")
+    # how it is trained
     epochs: int = setting(5, "passes over the training messages")
     batch_size: int = setting(8, "messages a step")
+    accumulation_steps: int = setting(1, "batches whose gradients are added up before an update")
     lr: float = setting(5e-5, "AdamW's learning rate")
     weight_decay: float = setting(0.1, "AdamW's weight decay")
+    warmup: float = setting(0.0, "share of the updates in which the learning rate rises to --lr")
+    decay: bool = setting(False, "let the learning rate fall to 0 in a straight line after that")
+    clip: float = setting(0.0, "largest norm of the gradient; 0: any")
+    ignore_index: int = setting(-100, "label that the loss passes over")
+    balance: str = setting("auto", "unequal classes: undersample (auto for ham and spam), weights in the loss (auto for others)",
+                           ("auto", "undersample", "weights", "none"))
+    dedupe: bool = setting(False, "drop repeated texts before the split, so that none stands on both sides")
+    early_stop: int = setting(0, "stop after N epochs without a better validation loss, keep the best; 0: never")
     eval_freq: int = setting(50, "steps between two logged losses")
     eval_iter: int = setting(5, "batches behind a logged loss or epoch accuracy")
-    seed: int = setting(123, "seeds the new head and the shuffling (the split is always the chapter's)")
-    warmup: float = setting(0.0, "share of the steps in which the learning rate rises to --lr")
-    decay: bool = setting(False, "let the learning rate fall to 0 in a straight line after that")
+    seed: int = setting(123, "seeds new weights and the shuffling (the split is always the chapter's)")
+    # how it is computed
+    dtype: str = setting("float32", "of the frozen trunk; what trains stays float32", ("float32", "bfloat16"))
+    cache: bool = setting(True, "run the frozen trunk once a message; off: everything, everywhere, each time, as in the chapter")
+
+    def __post_init__(self):
+        for names, least in (("batch_size accumulation_steps eval_freq eval_iter lora_rank", 1),
+                             ("epochs lr weight_decay warmup clip early_stop", 0)):
+            for name in names.split():
+                if not least <= getattr(self, name) < math.inf:
+                    raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        for f in fields(self):
+            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
+                raise ValueError(f"{f.name} is {getattr(self, f.name)!r}, not one of {', '.join(f.metadata['choices'])}")
 
 
-# ---- 6.2 Dataset: download, parse, balance, split ----
+# ---- Files and processes ----
 
-DATA_URLS = (
-    "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
-    "https://f001.backblazeb2.com/file/LLMs-from-scratch/sms%2Bspam%2Bcollection.zip",
-)
-DATA_SHA256 = "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"
-LABELS = ("ham", "spam")  # label 0 and label 1
+def rank():
+    """This process's number under torchrun, or 0."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size():
+    """How many processes torchrun started, or 1."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def broadcast(tensor, source, device):
+    """Give every process the tensor that process `source` has."""
+    tensor = tensor.to(device)
+    torch.distributed.broadcast(tensor, source)
+    return tensor.cpu()
+
+
+@contextlib.contextmanager
+def processes():
+    """Join the processes that torchrun started, if it did; all but the first keep quiet on standard output."""
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        with contextlib.ExitStack() as stack:
+            if rank():
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def leader_first():
+    """The first process alone runs the block, then the others, who find its work done."""
+    if rank():
+        torch.distributed.barrier()
+    yield
+    if world_size() > 1 and not rank():
+        torch.distributed.barrier()
 
 
 def progress(total, text, unit="B"):
@@ -130,6 +211,9 @@ def atomic_write(path):
     A reader sees the old file or the whole new one, never half of it. What a killed process left
     has the same temporary name, so the next write replaces it.
     """
+    if rank():  # one writer: what the other processes write goes nowhere
+        yield Path(os.devnull)
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     with locked(path.parent):
@@ -138,6 +222,24 @@ def atomic_write(path):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path):
+    """The SHA-256 of a file, as hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---- 6.2 Dataset: download, parse, balance, split ----
+
+DATA_URLS = (
+    "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
+    "https://f001.backblazeb2.com/file/LLMs-from-scratch/sms%2Bspam%2Bcollection.zip",
+)
+DATA_SHA256 = "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"
 
 
 def fetch_part(url, path):
@@ -209,15 +311,6 @@ def download(urls, path, sha256=None):
     raise OSError(f"cannot download {path.name}; tried {tried}; fetch it by hand and save it as {path}")
 
 
-def file_sha256(path):
-    """The SHA-256 of a file, as hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def download_and_unzip_spam_data(urls, data_file_path, verify=True):
     """Bring the SMS Spam Collection to `data_file_path` (tab-separated), unless it is there.
 
@@ -245,34 +338,53 @@ def download_and_unzip_spam_data(urls, data_file_path, verify=True):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_messages(path):
-    """Return a file in UCI's form (label, tab, text) as a frame with columns Label and Text.
+def read_messages(path, text_column=None, label_column=None):
+    """Return labelled texts as a frame with columns Label and Text, both strings.
 
-    Raises ValueError if it is not in that form.
+    Reads UCI's form (ham or spam, a tab, the text; no header), and CSV, TSV or JSON lines whose columns are
+    named here or called Label and Text in any case. Raises ValueError that names the line where it can.
     """
-    # The chapter keeps pandas' default quoting, which glues messages with a stray quote together:
-    # 5,572 rows (4,825 ham, 747 spam) where UCI lists 5,574. Other quoting would give another split.
+    data = Path(path).read_bytes()
     try:
-        df = pd.read_csv(path, sep="\t", header=None, names=["Label", "Text"], keep_default_na=False)
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ValueError(f"{path} is not a tab-separated UTF-8 file of label and text: {error}") from None
-    wrong = df[~df["Label"].isin(LABELS)]
-    if len(wrong):
-        row = wrong.index[0]
-        raise ValueError(f"{path}, message {row + 1}: label {str(df['Label'][row])[:40]!r} is not 'ham' or 'spam'; "
-                         "each line must be a label, a tab and a text")
-    return df
+        text = data.decode("utf-8-sig")  # a byte order mark is dropped
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file first") from None
+    wanted = [(label_column or "label").lower(), (text_column or "text").lower()]
+    start = text.split("\n", 1)[0].lower()
+    try:
+        if start.startswith("{"):
+            df = pd.DataFrame([json.loads(line) for line in text.split("\n") if line.strip()])
+        elif label_column or text_column or all(name in start for name in wanted):
+            df = pd.read_csv(io.StringIO(text), sep="\t" if "\t" in start else ",", keep_default_na=False, dtype=str)
+        else:
+            # The chapter keeps pandas' default quoting, which glues messages with a stray quote together:
+            # 5,572 rows (4,825 ham, 747 spam) where UCI lists 5,574. Other quoting would give another split.
+            df = pd.read_csv(io.StringIO(text), sep="\t", header=None, names=wanted, keep_default_na=False)
+            for i in df.index[~df[wanted[0]].isin(["ham", "spam"])]:
+                raise ValueError(f"message {i + 1} is labelled {str(df[wanted[0]][i])[:40]!r}, not 'ham' or 'spam'; without a "
+                                 "header of label and text each line must be one of them, a tab and the text")
+    except (ValueError, pd.errors.ParserError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    columns = {str(name).lower(): name for name in df.columns}
+    if not all(name in columns for name in wanted):
+        raise ValueError(f"{path} has the columns {', '.join(map(str, df.columns))}, not {' and '.join(wanted)}: "
+                         "give --label-column and --text-column")
+    df = df[[columns[name] for name in wanted]].set_axis(["Label", "Text"], axis=1)
+    for i in df.index[df.isna().any(axis=1) | (df["Label"].astype(str).str.strip() == "")]:
+        raise ValueError(f"{path}, message {i + 1} has no label or no text")
+    return df.astype(str)
 
 
 def create_balanced_dataset(df):
-    """Return all spam and as many ham messages, drawn at random: 747 and 747 of UCI's.
+    """Return as many of each label as the rarest has, drawn at random: 747 ham and 747 spam of UCI's.
 
     On the whole collection a classifier that always says ham would be 86.6% accurate and worthless.
     """
-    spam, ham = df[df["Label"] == "spam"], df[df["Label"] == "ham"]
-    if len(ham) < len(spam):
-        raise ValueError(f"{len(ham)} ham and {len(spam)} spam messages: at least as much ham as spam is needed")
-    return pd.concat([ham.sample(len(spam), random_state=123), spam])
+    counts = df["Label"].value_counts()
+    rarest = max(counts[counts == counts.min()].index)
+    others = [df[df["Label"] == label].sample(counts.min(), random_state=123) for label in sorted(set(counts.index) - {rarest})]
+    return pd.concat([*others, df[df["Label"] == rarest]])
 
 
 def random_split(df, train_frac, validation_frac):
@@ -283,21 +395,39 @@ def random_split(df, train_frac, validation_frac):
     return df[:train_end], df[train_end:validation_end], df[validation_end:]
 
 
-def prepare_splits(path, csv_dir=None):
-    """Return the chapter's three frames, Label 0 (ham) or 1 (spam): 1,045, 149 and 300 of UCI's.
+def prepare_splits(df, settings=FinetuneConfig(), test=None, shuffle_first=False):
+    """Return (frames, labels): training, validation and test frames whose Label is an index into labels.
 
-    Writes them to train.csv, validation.csv and test.csv in `csv_dir`.
+    By default the chapter's: 1,045, 149 and 300 of UCI's messages. `test`: a given test frame;
+    `shuffle_first`: the book's experiments script shuffles once more before the split. Classes with
+    fewer than 50 messages are split one by one, so that each part has some of each.
     """
-    balanced = create_balanced_dataset(read_messages(path))
-    balanced["Label"] = balanced["Label"].map({name: i for i, name in enumerate(LABELS)})
-    splits = random_split(balanced, 0.7, 0.1)
-    if len(splits[1]) < 1 or len(splits[2]) < 1:
-        raise ValueError(f"{len(balanced) // 2} messages of each class in {path}: at least 5 are needed to split them")
-    for name, frame in zip(("train", "validation", "test"), splits):
-        if csv_dir:
-            with atomic_write(Path(csv_dir) / f"{name}.csv") as temporary:
-                frame.to_csv(temporary, index=None)
-    return splits
+    labels = sorted(df["Label"].unique())
+    balance = settings.balance
+    if balance == "auto":
+        balance = "undersample" if labels == ["ham", "spam"] else "weights"
+    if settings.dedupe:
+        df = df.drop_duplicates("Text")
+    if balance == "undersample":
+        df = create_balanced_dataset(df)
+    if shuffle_first:
+        df = df.sample(frac=1, random_state=123).reset_index(drop=True)
+    counts = df["Label"].value_counts()
+    if len(counts) < 2 or counts.min() < 5:
+        raise ValueError(f"messages by label: {counts.to_dict() or 'none'}: at least two labels with 5 messages each are needed")
+    if test is not None and (unknown := set(test["Label"]) - set(labels)):
+        raise ValueError(f"labels {sorted(unknown)} of the test file are not in the training file, which has {labels}")
+    cut = (0.875, 0.125) if test is not None else (0.7, 0.1)  # training to validation as in the chapter, 7 to 1
+    if counts.min() < 50:
+        parts = [random_split(df[df["Label"] == label], *cut) for label in labels]
+        frames = [pd.concat(part).sample(frac=1, random_state=123).reset_index(drop=True) for part in zip(*parts)]
+    else:
+        frames = list(random_split(df, *cut))
+    if test is not None:
+        frames = [*frames[:1], pd.concat(frames[1:]), test]
+    if not all(map(len, frames)):
+        raise ValueError(f"{len(df)} messages leave an empty part: {[len(frame) for frame in frames]}")
+    return [frame.assign(Label=frame["Label"].map(labels.index)) for frame in frames], labels
 
 
 # ---- 6.3 Data loaders: ids, padding, batches ----
@@ -333,20 +463,30 @@ def build_tokenizer(encoder_json, vocab_bpe):
 class SpamDataset(Dataset):
     """Messages as tensors: item i is (ids, at, label).
 
-    ids: (tokens,) long, padded with `pad_token_id` to `max_length`, by default the longest message;
-    longer ones are cut. at: (asked,) long, the position that the label is read from: the last one,
-    which under the causal mask is the only one that has seen the whole message.
-    `data` is a frame with Text and Label, or the name of a CSV file with these columns.
+    ids: (tokens,) long, cut to `max_length` (default: the longest message) and padded to it with
+    `pad_token_id`. at: (asked,) long, the positions that the label is read from: by default the last, which
+    under the causal mask is the only one that has seen the whole message. `padding` "none" pads nothing, and
+    "batch" leaves it to the loader, which pads to the batch's longest. `data` is a frame with Text and Label,
+    or the name of a CSV file with these columns. Raises ValueError if there is no last real token to read.
     """
 
-    def __init__(self, data, tokenizer, max_length=None, pad_token_id=50256):
+    def __init__(self, data, tokenizer, max_length=None, pad_token_id=50256, token_pos="last", pooling="none", padding="all"):
         if not isinstance(data, pd.DataFrame):
             data = pd.read_csv(data, keep_default_na=False)
-        encoded = [tokenizer.encode_ordinary(text) for text in data["Text"]]
+        # No token of GPT-2's has more than 128 bytes, so text behind this many characters is cut anyway.
+        longest = (max_length or 8192) * 128
+        encoded = [tokenizer.encode_ordinary(text[:longest])[:max_length] for text in data["Text"]]
         self.max_length = max_length or max(map(len, encoded))
-        padded = [ids[:self.max_length] + [pad_token_id] * (self.max_length - len(ids)) for ids in encoded]
-        self.inputs = torch.tensor(padded)                                  # (messages, tokens)
-        self.at = torch.full((len(padded), 1), self.max_length - 1)         # (messages, asked)
+        self.inputs, self.at = [], []
+        for row, ids in enumerate(encoded):
+            real = len(ids)
+            if not real and (token_pos == "last_real" or padding != "all"):
+                raise ValueError(f"message {row + 1} has no tokens, so there is no last real one to read the label from")
+            if padding == "all":
+                ids = ids + [pad_token_id] * (self.max_length - real)
+            at = range(len(ids)) if pooling == "mean" else [{"first": 0, "last": len(ids) - 1, "last_real": real - 1}[token_pos]]
+            self.inputs.append(torch.tensor(ids))                           # (tokens,)
+            self.at.append(torch.tensor(at))                                # (asked,)
         self.labels = torch.tensor(data["Label"].to_numpy(dtype=np.int64))  # (messages,)
 
     def __getitem__(self, index):
@@ -355,16 +495,60 @@ class SpamDataset(Dataset):
     def __len__(self):
         return len(self.labels)
 
+    def with_inputs(self, inputs):
+        """The same messages with other inputs, such as the hidden states of their tokens."""
+        other = copy.copy(self)
+        other.inputs = inputs
+        return other
 
-def create_loaders(splits, tokenizer, max_length=None, batch_size=8):
-    """Return loaders for the training, validation and test frames; `max_length` as in SpamDataset.
 
-    All are padded to the length of the training set's longest message: one preprocessing for all.
+def padding_mode(settings):
+    """Where padding is needed: "all" messages to one length, "none" at all, or a "batch" to its own longest.
+
+    What stands behind the position that is read cannot matter under the causal mask, so there is no need to
+    compute it: the median message has 24 of the chapter's 120 tokens.
     """
-    train = SpamDataset(splits[0], tokenizer, max_length, tokenizer.eot_token)
-    others = [SpamDataset(frame, tokenizer, train.max_length, tokenizer.eot_token) for frame in splits[1:]]
-    # The last 5 of 1,045 training messages are dropped, others each epoch: 130 batches of 8.
-    return [DataLoader(train, batch_size, shuffle=True, drop_last=True), *(DataLoader(d, batch_size) for d in others)]
+    seen = settings.pooling == "mean" or not settings.causal_mask
+    if settings.padding:
+        return "all" if seen or settings.token_pos == "last" else "batch"
+    if seen and settings.batch_size > 1:
+        raise ValueError(f"without padding, a mean or a missing mask takes --batch-size 1, not {settings.batch_size}")
+    return "none"
+
+
+def create_datasets(frames, tokenizer, settings, context_length):
+    """Return a SpamDataset for each frame, all prepared alike: cut to what the first, the training set, needs.
+
+    Raises ValueError if the messages do not fit into the model's `context_length`.
+    """
+    options = {"pad_token_id": tokenizer.eot_token, "token_pos": settings.token_pos, "pooling": settings.pooling,
+               "padding": padding_mode(settings)}
+    max_length = {"longest": None, "model": context_length}.get(settings.context_length, settings.context_length)
+    if max_length is not None and not 0 < int(max_length) <= context_length:
+        raise ValueError(f"--context-length {max_length}: the model holds 1 to {context_length} tokens")
+    first = SpamDataset(frames[0], tokenizer, max_length and int(max_length), **options)
+    if first.max_length > context_length:
+        raise ValueError(f"the longest training message has {first.max_length} tokens, the model holds {context_length}: "
+                         f"cut them with --context-length {context_length}")
+    # The book's script cuts no message that it does not pad.
+    length = first.max_length if settings.padding else context_length
+    return [first] + [SpamDataset(frame, tokenizer, length, **options) for frame in frames[1:]]
+
+
+def collate(items):
+    """Make a batch of items: inputs (batch, tokens) or (batch, tokens, emb), at (batch, asked), labels (batch,).
+
+    Fills up with zeros to the longest; that only happens where nobody looks (see `padding_mode`).
+    """
+    inputs, at, labels = zip(*items)
+    return nn.utils.rnn.pad_sequence(inputs, batch_first=True), torch.stack(at), torch.stack(labels)
+
+
+def create_loaders(datasets, batch_size):
+    """Return loaders for training, validation and test: of UCI's, 130, 19 and 38 batches of 8."""
+    # Only training is shuffled; it drops the last 5 of its 1,045 messages, others each epoch.
+    return [DataLoader(dataset, batch_size, shuffle=i == 0, drop_last=i == 0, collate_fn=collate)
+            for i, dataset in enumerate(datasets)]
 
 
 # ---- 6.4 The GPT model ----
@@ -381,11 +565,11 @@ class MultiHeadAttention(nn.Module):
     at these positions alone, (batch, asked, emb): keys and values are needed everywhere, queries not.
     """
 
-    def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False):
+    def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False, causal=True):
         super().__init__()
         if d_out % num_heads:
             raise ValueError(f"emb_dim {d_out} is not a multiple of n_heads {num_heads}")
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads, self.dropout, self.causal = num_heads, dropout, causal
         self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias)
@@ -400,10 +584,11 @@ class MultiHeadAttention(nn.Module):
         keys, values = heads(self.W_key(x)), heads(self.W_value(x))           # (batch, heads, tokens, head)
         queries = heads(self.W_query(x if at is None else read_at(x, at)))    # (batch, heads, asked, head)
         mask = None
-        if at is not None:  # a position sees itself and what stands before it
+        if self.causal and at is not None:  # a position sees itself and what stands before it
             mask = torch.arange(tokens, device=x.device) <= at[:, None, :, None]  # (batch, 1, asked, tokens)
         context = F.scaled_dot_product_attention(
-            queries, keys, values, mask, dropout_p=self.dropout * self.training, is_causal=mask is None)
+            queries, keys, values, mask, dropout_p=self.dropout * self.training,
+            is_causal=self.causal and mask is None)
         return self.out_proj(context.transpose(1, 2).reshape(batch, -1, emb))  # (batch, asked, emb)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -448,7 +633,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.att = MultiHeadAttention(
-            cfg.emb_dim, cfg.emb_dim, cfg.context_length, cfg.drop_rate, cfg.n_heads, cfg.qkv_bias)
+            cfg.emb_dim, cfg.emb_dim, cfg.context_length, cfg.drop_rate, cfg.n_heads, cfg.qkv_bias, cfg.causal)
         self.ff = FeedForward(cfg)
         self.norm1 = LayerNorm(cfg.emb_dim)
         self.norm2 = LayerNorm(cfg.emb_dim)
@@ -763,6 +948,15 @@ def check_vocabulary(tokenizer, cfg):
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab:,} ids, the model {cfg.vocab_size:,}")
 
 
+def load_about(path):
+    """What a converted model says of itself: name, verified, finetune (its own settings), note."""
+    try:
+        with np.load(path, allow_pickle=False) as npz:
+            return json.loads(npz["about.json"].tobytes())
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a model converted by this file: {error}") from None
+
+
 class SkipInit(TorchFunctionMode):
     """Leaves new modules' weights as they are: no time for random values that are replaced at once.
 
@@ -775,17 +969,17 @@ class SkipInit(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def load_pretrained(path):
-    """Return (model, texts, about) of a .npz that `convert_checkpoint` wrote.
+def load_pretrained(path, causal=True, random_seed=None):
+    """Return (model, texts) of a .npz that `convert_checkpoint` wrote.
 
-    model: a GPTModel in eval mode whose out_head is a copy of tok_emb. texts: the tokenizer's two
-    files, as strings. Raises ValueError if the file is not one, or does not fit its own hparams.
+    model: a GPTModel in eval mode whose out_head is a copy of tok_emb; with `random_seed` its shape alone
+    is taken, and the weights are PyTorch's random ones. texts: the tokenizer's two files, as strings.
+    Raises ValueError if the file is not one, or does not fit its own hparams.
     """
     try:
         with np.load(path, allow_pickle=False) as npz:
             texts = {name: npz[name].tobytes().decode() for name in ("hparams.json", "encoder.json", "vocab.bpe")}
-            about = json.loads(npz["about.json"].tobytes())
-            cfg = config_from_hparams(json.loads(texts.pop("hparams.json")))
+            cfg = replace(config_from_hparams(json.loads(texts.pop("hparams.json"))), causal=causal)
             if f"trf_blocks.{cfg.n_layers - 1}.norm1.scale" not in npz:
                 raise ValueError(f"hparams.json asks for {cfg.n_layers} layers, the tensors are fewer")
             params = {}
@@ -804,10 +998,13 @@ def load_pretrained(path):
             raise
         raise ValueError(f"{path} is not a model converted by this file: {error}") from None
     check_vocabulary(build_tokenizer(**{n.replace(".", "_"): t for n, t in texts.items()}), cfg)
+    if random_seed is not None:
+        torch.manual_seed(random_seed)
+        return GPTModel(cfg).eval(), texts
     with SkipInit():
         model = GPTModel(cfg)
     load_weights_into_gpt(model, params)
-    return model.eval(), texts, about
+    return model.eval(), texts
 
 
 def load_weights_into_gpt(gpt, params):
@@ -817,12 +1014,45 @@ def load_weights_into_gpt(gpt, params):
         raise ValueError("the weights hold NaN or infinity; convert the checkpoint again")
 
 
+def reachable(urls, seconds=6):
+    """Whether any of the addresses answers anything at all; all are asked at once, as a name server may hang."""
+    answers = queue.Queue()
+
+    def ask(url):
+        try:
+            requests.head(url, timeout=seconds)
+            answers.put(True)
+        except requests.RequestException:
+            answers.put(False)
+
+    for url in urls:
+        threading.Thread(target=ask, args=(url,), daemon=True).start()
+    end = time.monotonic() + seconds
+    with contextlib.suppress(queue.Empty):
+        return any(answers.get(timeout=max(0.0, end - time.monotonic())) for _ in urls)
+    return False
+
+
+def model_urls(size, file, url=None):
+    """Addresses of a file of OpenAI's release; `url` is a mirror's base address."""
+    bases = [f"{url.rstrip('/')}/gpt-2/models"] if url else [MODELS_URL, MODELS_BACKUP_URL]
+    return [f"{base}/{size}/{file}" for base in bases]
+
+
 def find_model(name, weights_dir, url=None, verify=True, keep=False):
     """Return the .npz of a model: a size (downloaded at need), a folder in OpenAI's layout, or an .npz.
 
-    Converts once into `weights_dir`; `url` is a mirror's base address; `keep` keeps the raw files.
+    "auto" is what `weights_dir` holds, else 124M, else, when no address answers, the bundled tiny model.
+    Converts once into `weights_dir`; `keep` keeps the raw files.
     """
     weights_dir = Path(weights_dir)
+    if name == "auto":
+        here = [size for size in SIZES if (weights_dir / f"gpt2-{size}.npz").exists()]
+        begun = any((weights_dir / "124M").glob("*"))  # a broken download goes on or fails, but is not given up silently
+        bundled = next((f for f in (weights_dir / "tiny.npz", HERE / "weights" / "tiny.npz") if f.exists()), None)
+        if not here and not begun and bundled and not reachable(model_urls("124M", "hparams.json", url)):
+            return bundled
+        name = here[0] if here else "124M"
     if str(name).endswith(".npz"):
         if not Path(name).is_file():
             raise FileNotFoundError(f"no file {name}")
@@ -834,12 +1064,11 @@ def find_model(name, weights_dir, url=None, verify=True, keep=False):
         with locked(folder):
             if not path.exists():  # another process may have made it while this one waited
                 checked = FILES_124M if name == "124M" and verify else {}
-                print(f"downloading {name} " + ("and checking its SHA-256s" if checked else "without SHA-256s"
-                      + (" (--no-verify)" if not verify else "; the checkpoint's own checksums are the judge")))
+                print(f"downloading {name}, " + ("each file checked by its SHA-256" if checked else "SHA-256 not checked (--no-verify)"
+                      if not verify else "whose SHA-256s are not known here: the checkpoint's own checksums are the judge"))
                 for file in FILES_124M:
                     if not (folder / file).exists():
-                        bases = [f"{url}/gpt-2/models"] if url else [MODELS_URL, MODELS_BACKUP_URL]
-                        download([f"{base}/{name}/{file}" for base in bases], folder / file, checked.get(file))
+                        download(model_urls(name, file, url), folder / file, checked.get(file))
                 try:
                     convert_checkpoint(folder, path, {"name": name, "verified": bool(checked)})
                 except ValueError as error:
@@ -849,7 +1078,7 @@ def find_model(name, weights_dir, url=None, verify=True, keep=False):
                 shutil.rmtree(folder, ignore_errors=True)
         return path
     if not Path(name).is_dir():
-        raise ValueError(f"unknown model {name!r}: give {', '.join(SIZES)}, a folder in OpenAI's layout, or an .npz file")
+        raise ValueError(f"unknown model {name!r}: give auto, {', '.join(SIZES)}, a folder in OpenAI's layout, or an .npz file")
     folder = Path(name).resolve()
     index = (folder / INDEX_FILE).read_bytes() if (folder / INDEX_FILE).is_file() else b""
     path = weights_dir / f"gpt2-{folder.name}-{hashlib.sha256(index).hexdigest()[:8]}.npz"  # the index has all checksums
@@ -879,30 +1108,190 @@ def generate_text(model, tokenizer, prompt, max_new_tokens):
 
 # ---- 6.5 Classification head: freeze GPT-2, train the end of it ----
 
-def add_classification_head(model, num_classes, seed=123):
-    """Freeze the model, replace its head by a new one of `num_classes`, and unfreeze the end.
+class LoRALayer(nn.Module):
+    """A low-rank change, alpha * x @ A @ B (appendix E; Hu et al. 2021, without their division by the rank)."""
 
-    Trains the last block, the final norm and the head: 7,090,946 of the 124M's 124,441,346 parameters.
+    def __init__(self, in_dim, out_dim, rank, alpha):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(in_dim, rank))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.B = nn.Parameter(torch.zeros(rank, out_dim))  # zero: the first logits are unchanged
+        self.alpha = alpha
+
+    def forward(self, x):
+        return self.alpha * (x @ self.A @ self.B)
+
+
+class LinearWithLoRA(nn.Module):
+    """A linear layer plus its LoRA."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear = linear
+        self.lora = LoRALayer(linear.in_features, linear.out_features, rank, alpha)
+
+    def forward(self, x):
+        return self.linear(x) + self.lora(x)
+
+
+def replace_linear_with_lora(model, rank, alpha):
+    """Give every linear layer below `model` a LoRA."""
+    for name, module in model.named_children():
+        if isinstance(module, nn.Linear):
+            setattr(model, name, LinearWithLoRA(module, rank, alpha))
+        else:
+            replace_linear_with_lora(module, rank, alpha)
+
+
+def merge_lora(model):
+    """Add each LoRA to the weights it changes and make the layers plain again: equal logits."""
+    for name, module in model.named_children():
+        if isinstance(module, LinearWithLoRA):
+            with torch.no_grad():
+                module.linear.weight += module.lora.alpha * (module.lora.A @ module.lora.B).T
+            setattr(model, name, module.linear)
+        else:
+            merge_lora(module)
+
+
+def frozen_blocks(settings, cfg):
+    """How many blocks, from the first, never change in finetuning: those before the first that trains.
+
+    Their output for a message never changes either, so it is computed once. 0 where embeddings, every
+    block's LoRA, or dropout are in the way.
     """
+    trained = {"last_layer": 0, "last_block": 1, "last_two_blocks": 2}.get(settings.trainable_layers, cfg.n_layers)
+    return 0 if cfg.drop_rate else max(0, cfg.n_layers - trained)
+
+
+def add_classification_head(model, num_classes, settings=FinetuneConfig()):
+    """Freeze the model, replace its head by a new one of `num_classes`, and unfreeze what the settings name.
+
+    By default the last block, the final norm and the head: 7,090,946 of the 124M's 124,441,346 parameters.
+    """
+    layers = settings.trainable_layers
     for param in model.parameters():
-        param.requires_grad = False
-    torch.manual_seed(seed)
+        param.requires_grad = layers == "all"
+    torch.manual_seed(settings.seed)
     model.out_head = nn.Linear(model.cfg.emb_dim, num_classes)  # 50,257 next tokens become a few classes
-    for module in (model.trf_blocks[-1], model.final_norm):
-        for param in module.parameters():
-            param.requires_grad = True
+    if layers == "lora":
+        replace_linear_with_lora(model, settings.lora_rank, settings.lora_alpha)
+    elif layers in ("last_block", "last_two_blocks"):
+        for module in (*model.trf_blocks[-1 if layers == "last_block" else -2:], model.final_norm):
+            for param in module.parameters():
+                param.requires_grad = True
 
 
 def count_parameters(model):
     """Return (trainable, all) parameters."""
-    return (sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters()))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+
+
+# ---- 6.5 The frozen trunk: computed once a message ----
+
+def trunk_output(model, inputs, cut, dtype="float32"):
+    """`model.trunk` without gradients, its matrix products in `dtype` ("float32" or "bfloat16")."""
+    with torch.no_grad(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        return model.trunk(inputs, cut)
+
+
+class Top(nn.Module):
+    """The part of a model above block `cut`, asked at `at`: what the training loop sees.
+
+    Inputs are the cached output of `trunk_output`, or ids, (batch, tokens), where nothing was cached. With
+    `everywhere` all positions are computed to the end and then one is read, as the chapter does it.
+    """
+
+    def __init__(self, model, cut, dtype="float32", everywhere=False):
+        super().__init__()
+        self.model, self.cut, self.dtype, self.everywhere = model, cut, dtype, everywhere
+
+    def forward(self, inputs, at):
+        if not inputs.is_floating_point():
+            inputs = trunk_output(self.model, inputs, self.cut, self.dtype) if self.cut else self.model.trunk(inputs, 0)
+        if self.everywhere:
+            return read_at(self.model.top(inputs.float(), self.cut), at)
+        return self.model.top(inputs.float(), self.cut, at)  # (batch, asked, classes)
+
+
+def free_memory():
+    """Bytes of memory that can be had now, as Linux estimates it; elsewhere a quarter of all."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    with contextlib.suppress(AttributeError, ValueError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return 1 << 32
+
+
+def length_batches(lengths, tokens=4096):
+    """Cut positions sorted by length into batches of about so many tokens: little padding, full cores."""
+    order, batches = sorted(range(len(lengths)), key=lambda i: lengths[i]), [[]]
+    for i in order:
+        if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def cache_trunk(model, inputs, cut, device, dtype="float32"):
+    """Turn lists of ids, (tokens,) each, into lists of hidden states, (tokens, emb): the frozen blocks run once.
+
+    Kept in memory, or in a nameless file on disk where it would take more than half of the free memory.
+    """
+    ids = [ids for part in inputs for ids in part]
+    lengths = list(map(len, ids))
+    kept = torch.float32 if dtype == "float32" else torch.bfloat16
+    shape = (sum(lengths), model.cfg.emb_dim)
+    size, free = math.prod(shape) * kept.itemsize, free_memory()
+    on_disk = size > free // 2
+    print(f"running {len(lengths):,} messages once through {cut} frozen blocks in {dtype}; their output takes "
+          f"{size / 1e6:,.0f} MB {'on disk' if on_disk else 'of memory'} ({free / 1e6:,.0f} MB are free)")
+    if on_disk:
+        file = tempfile.TemporaryFile()
+        if size > (left := shutil.disk_usage(tempfile.gettempdir()).free):
+            raise ValueError(f"the cache takes {size:,} bytes, {tempfile.gettempdir()} has {left:,} free: use --no-cache")
+        store = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=size)).view(kept).view(shape)
+    else:
+        store = torch.empty(shape, dtype=kept)
+    ends = np.cumsum(lengths)
+    views = [store[end - length:end] for end, length in zip(ends, lengths)]
+    with progress(len(ids), "frozen blocks", " messages") as bar:
+        for turn, batch in enumerate(length_batches(lengths)):
+            width = lengths[batch[-1]]
+            if turn % world_size() == rank():
+                padded = nn.utils.rnn.pad_sequence([ids[i] for i in batch], batch_first=True).to(device)
+                hidden = trunk_output(model, padded, cut, dtype).to("cpu", kept)
+            else:
+                hidden = torch.empty(len(batch), width, shape[1], dtype=kept)
+            if world_size() > 1:
+                hidden = broadcast(hidden, turn % world_size(), device)
+            for i, states in zip(batch, hidden):
+                views[i].copy_(states[:lengths[i]])
+            bar.update(len(batch))
+    views = iter(views)
+    return [list(islice(views, len(part))) for part in inputs]
 
 
 # ---- 6.6 Loss and accuracy: accuracy is reported, cross-entropy is optimised ----
 
 def calc_logits(input_batch, at, model, device):
-    """Logits of a batch, (batch, classes); where several positions are asked, their mean."""
-    return model(input_batch.to(device), at.to(device)).mean(dim=1)
+    """Logits of a batch, (batch, classes); where several positions are asked, their mean.
+
+    Under torchrun each process computes its share of the rows and gets the others' logits, so that every
+    process sees the logits of the whole batch, and the loss and accuracy above them need not know.
+    """
+    count, share = len(at), -(-len(at) // world_size())
+    own = torch.arange(rank() * share, (rank() + 1) * share) % count  # the last share goes round to the start
+    own = own if world_size() > 1 else slice(None)
+    logits = model(input_batch[own].to(device), at[own].to(device)).mean(dim=1)
+    if world_size() > 1:
+        parts = [torch.empty_like(logits) for _ in range(world_size())]
+        torch.distributed.all_gather(parts, logits.detach())
+        parts[rank()] = logits  # gradients flow to this process's rows; `finetune` adds up those of all
+        logits = torch.cat(parts)[:count]
+    return logits
 
 
 def calc_loss_batch(input_batch, at, target_batch, model, device, loss_fn=F.cross_entropy):
@@ -938,6 +1327,33 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
     return correct / examples if examples else float("nan")
 
 
+def calc_metrics(labels, probabilities, names):
+    """Return what imbalance cannot hide, as a dict: accuracy, per class and mean precision, recall and F1, confusion.
+
+    labels: (messages,) ints; probabilities: (messages, classes). With two classes also average precision and
+    ROC AUC of the second. Undefined ratios are 0. Definitions: scikit-learn's classification_report.
+    """
+    labels, scores = np.asarray(labels), np.asarray(probabilities)
+    predicted = scores.argmax(axis=1)
+    confusion = np.zeros((len(names), len(names)), int)
+    np.add.at(confusion, (labels, predicted), 1)  # rows: true, columns: predicted
+    right, support = confusion.diagonal(), confusion.sum(axis=1)
+    rows = {"precision": right / np.maximum(1, confusion.sum(axis=0)), "recall": right / np.maximum(1, support)}
+    rows["f1"] = 2 * right / np.maximum(1, confusion.sum(axis=0) + support)
+    metrics = {"accuracy": right.sum() / len(labels), "confusion": confusion.tolist(),
+               "classes": {name: {**{k: float(v[i]) for k, v in rows.items()}, "support": int(support[i])} for i, name in enumerate(names)},
+               "macro": {k: float(v.mean()) for k, v in rows.items()},
+               "weighted": {k: float(v @ support / len(labels)) for k, v in rows.items()}}
+    if len(names) == 2 and 0 < support[1] < len(labels):
+        _, group, counts = np.unique(-scores[:, 1], return_inverse=True, return_counts=True)  # best first, ties as one
+        hits = np.bincount(group, weights=labels)
+        found, taken = np.cumsum(hits), np.cumsum(counts)
+        misses = counts - hits
+        metrics["average_precision"] = float((hits * found / taken).sum() / support[1])
+        metrics["roc_auc"] = float((misses * (found - hits / 2)).sum() / (support[0] * support[1]))
+    return metrics
+
+
 # ---- 6.7 Finetuning ----
 
 def evaluate_model(model, train_loader, val_loader, device, eval_iter, loss_fn=F.cross_entropy):
@@ -946,36 +1362,46 @@ def evaluate_model(model, train_loader, val_loader, device, eval_iter, loss_fn=F
 
 
 def train_classifier_simple(model, train_loader, val_loader, optimizer, device, num_epochs, eval_freq, eval_iter,
-                            loss_fn=F.cross_entropy, scheduler=None):
-    """Train, print the chapter's log lines, and return (history, epochs), rows for `plot_values` and JSON.
+                            loss_fn=F.cross_entropy, scheduler=None, accumulation_steps=1, clip=0.0, log=None, after_epoch=None):
+    """Train, print the chapter's log lines, and return the log: {"history": rows, "epochs": rows}.
 
     history: step, epoch, examples_seen, train_loss, val_loss every `eval_freq` steps; epochs: epoch,
-    train_accuracy, val_accuracy over `eval_iter` batches. Raises ValueError when the loss is no number.
+    train_accuracy, val_accuracy over `eval_iter` batches. A `log` that is given is continued;
+    `after_epoch(log)` may return True to stop. Raises ValueError when the loss is no number.
     """
-    history, epochs, examples_seen, global_step = [], [], 0, -1
-    for epoch in range(1, num_epochs + 1):
+    log = log or {"history": [], "epochs": [], "step": -1, "examples_seen": 0}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for epoch in range(len(log["epochs"]) + 1, num_epochs + 1):
         model.train()
-        for input_batch, at, target_batch in train_loader:
-            optimizer.zero_grad()
+        for batch_idx, (input_batch, at, target_batch) in enumerate(train_loader, 1):
             loss = calc_loss_batch(input_batch, at, target_batch, model, device, loss_fn)
-            global_step += 1
+            log["step"] += 1
             if not torch.isfinite(loss):
-                raise ValueError(f"the loss is {loss.item()} at step {global_step}: try a smaller --lr")
-            loss.backward()
-            optimizer.step()
-            if scheduler:
-                scheduler.step()
-            examples_seen += len(target_batch)
-            if global_step % eval_freq == 0:
+                raise ValueError(f"the loss is {loss.item()} at step {log['step']}: try a smaller --lr than {optimizer.defaults['lr']}")
+            (loss / accumulation_steps).backward()
+            if batch_idx % accumulation_steps == 0 or batch_idx == len(train_loader):  # the last group may be short
+                if world_size() > 1:
+                    for param in parameters:
+                        torch.distributed.all_reduce(param.grad)
+                if clip:
+                    nn.utils.clip_grad_norm_(parameters, clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                if scheduler:
+                    scheduler.step()
+            log["examples_seen"] += len(target_batch)
+            if log["step"] % eval_freq == 0:
                 train_loss, val_loss = evaluate_model(model, train_loader, val_loader, device, eval_iter, loss_fn)
-                history.append({"step": global_step, "epoch": epoch, "examples_seen": examples_seen,
-                                "train_loss": train_loss, "val_loss": val_loss})
-                print(f"Ep {epoch} (Step {global_step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
+                log["history"].append({"step": log["step"], "epoch": epoch, "examples_seen": log["examples_seen"],
+                                       "train_loss": train_loss, "val_loss": val_loss})
+                print(f"Ep {epoch} (Step {log['step']:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}", flush=True)
         train_accuracy = calc_accuracy_loader(train_loader, model, device, eval_iter)
         val_accuracy = calc_accuracy_loader(val_loader, model, device, eval_iter)
-        print(f"Training accuracy: {train_accuracy * 100:.2f}% | Validation accuracy: {val_accuracy * 100:.2f}%")
-        epochs.append({"epoch": epoch, "train_accuracy": train_accuracy, "val_accuracy": val_accuracy})
-    return history, epochs
+        print(f"Training accuracy: {train_accuracy * 100:.2f}% | Validation accuracy: {val_accuracy * 100:.2f}%", flush=True)
+        log["epochs"].append({"epoch": epoch, "train_accuracy": train_accuracy, "val_accuracy": val_accuracy})
+        if after_epoch and after_epoch(log):
+            break
+    return log
 
 
 def learning_rate_factor(step, steps, warmup, decay):
@@ -984,28 +1410,63 @@ def learning_rate_factor(step, steps, warmup, decay):
     return min(1.0, rise, (steps - step) / max(1, steps - warmup * steps) if decay else 1.0)
 
 
-def finetune(model, loaders, settings, device):
-    """Train the unfrozen part as the settings say and return history, epochs, final and seconds.
+def finetune(model, loaders, settings, device, class_weights=None, state_file=None, fingerprint=None):
+    """Train what is unfrozen as the settings say and return history, epochs, final and seconds.
 
-    final: accuracies over the three whole loaders, the test split last and once.
+    final: accuracies over the three whole loaders, the test split last and once. class_weights: (classes,)
+    for the loss. state_file: written after each epoch and, if there, continued, given the same fingerprint.
     """
     started = time.perf_counter()
     torch.manual_seed(settings.seed)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay,
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=settings.lr, weight_decay=settings.weight_decay,
                                   fused=device.type in ("cpu", "cuda"))
-    steps = settings.epochs * len(loaders[0])
+    steps = settings.epochs * -(-len(loaders[0]) // settings.accumulation_steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, steps, settings.warmup, settings.decay))
-    history, epochs = train_classifier_simple(model, *loaders[:2], optimizer, device, settings.epochs,
-                                              settings.eval_freq, settings.eval_iter, scheduler=scheduler)
+    loss_fn = partial(F.cross_entropy, ignore_index=settings.ignore_index,
+                      weight=None if class_weights is None else class_weights.to(device))
+    log, best = None, {"loss": math.inf, "epoch": 0, "weights": {}}
+    if state_file and state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        if state["fingerprint"] != fingerprint:
+            raise ValueError(f"{state_file} is of a run with other settings, model or data; remove it, or leave out --resume")
+        log, best = state["log"], state["best"]
+        for name, value in state["weights"].items():
+            trained[name].data.copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["random"].cpu())
+        print(f"resuming after epoch {len(log['epochs'])}")
+
+    def after_epoch(log):
+        if settings.early_stop:
+            random = torch.get_rng_state()  # looking at the loss must not move the shuffles
+            loss = calc_loss_loader(loaders[1], model, device, loss_fn=loss_fn)
+            torch.set_rng_state(random)
+            if loss < best["loss"]:
+                best.update(loss=loss, epoch=len(log["epochs"]), weights={n: p.detach().clone() for n, p in trained.items()})
+        if state_file:
+            with atomic_write(state_file) as temporary:
+                torch.save({"fingerprint": fingerprint, "log": log, "best": best, "weights": {n: p.detach() for n, p in trained.items()},
+                            "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                            "random": torch.get_rng_state()}, temporary)
+        return settings.early_stop and len(log["epochs"]) - best["epoch"] >= settings.early_stop
+
+    if not (log and after_epoch(log)):
+        log = train_classifier_simple(model, *loaders[:2], optimizer, device, settings.epochs, settings.eval_freq, settings.eval_iter,
+                                      loss_fn, scheduler, settings.accumulation_steps, settings.clip, log, after_epoch)
+    if best["weights"]:
+        print(f"keeping epoch {best['epoch']}, whose validation loss is {best['loss']:.3f}")
+        for name, value in best["weights"].items():
+            trained[name].data.copy_(value)
     seconds = {"training": time.perf_counter() - started}
     print(f"Training completed in {seconds['training'] / 60:.2f} minutes.")
     started, final = time.perf_counter(), {}
-    for name, text, loader in zip(("train", "val", "test"), ("Training", "Validation", "Test"), loaders):
+    for name, text, loader in zip(("train", "val", "test"), SPLIT_NAMES, loaders):
         final[f"{name}_accuracy"] = calc_accuracy_loader(loader, model, device)
         print(f"{text} accuracy: {final[f'{name}_accuracy'] * 100:.2f}%")
-    return {"history": history, "epochs": epochs, "final": final,
+    return {"history": log["history"], "epochs": log["epochs"], "final": final,
             "seconds": {**seconds, "final accuracies": time.perf_counter() - started}}
 
 
@@ -1027,13 +1488,14 @@ def plot_values(epochs_seen, examples_seen, train_values, val_values, label, pat
         fig.savefig(temporary, format="png")
 
 
-def plot_history(result, examples_an_epoch, folder):
+def plot_history(result, folder):
     """Write loss-plot.png and accuracy-plot.png of a `finetune` result."""
     history, epochs = result["history"], result["epochs"]
     seen = [row["examples_seen"] for row in history]
-    plot_values([n / examples_an_epoch for n in seen], seen, [row["train_loss"] for row in history],
+    an_epoch = next((row["examples_seen"] / (row["step"] + 1) for row in history), 1) * result["steps_an_epoch"]
+    plot_values([n / an_epoch for n in seen], seen, [row["train_loss"] for row in history],
                 [row["val_loss"] for row in history], "loss", folder / "loss-plot.png")
-    plot_values([row["epoch"] for row in epochs], [row["epoch"] * examples_an_epoch for row in epochs],
+    plot_values([row["epoch"] for row in epochs], [row["epoch"] * an_epoch for row in epochs],
                 [row["train_accuracy"] for row in epochs], [row["val_accuracy"] for row in epochs],
                 "accuracy", folder / "accuracy-plot.png")
 
@@ -1048,28 +1510,81 @@ class Classifier:
     texts: dict        # encoder.json and vocab.bpe, as strings
     labels: list       # names of the classes, by id
     max_length: int    # tokens that a message is padded or cut to, as in training
-    settings: FinetuneConfig
-    about: dict        # where model and data come from
+    settings: FinetuneConfig = FinetuneConfig()
+    about: dict = field(default_factory=dict)  # where model and data come from
 
     def __post_init__(self):
         self.tokenizer = build_tokenizer(self.texts["encoder.json"], self.texts["vocab.bpe"])
 
 
-def predict(classifier, texts, device, batch_size=32):
-    """Return the probability of each class, (messages, classes), for a list of texts."""
-    frame = pd.DataFrame({"Text": texts, "Label": 0})
-    dataset = SpamDataset(frame, classifier.tokenizer, classifier.max_length, classifier.tokenizer.eot_token)
-    model = classifier.model.to(device)
-    with evaluating(model):
-        logits = [calc_logits(ids, at, model, device) for ids, at, _ in DataLoader(dataset, batch_size)]
-    return torch.cat(logits).softmax(dim=-1).cpu()
+def predict(classifier, texts, device):
+    """Return the probability of each class, (messages, classes), for a list of texts, prepared as in training.
+
+    A text without tokens is taken as a space. Raises ValueError if a probability is no number.
+    """
+    settings, model = classifier.settings, classifier.model
+    seen = settings.pooling == "mean" or not settings.causal_mask
+    dataset = SpamDataset(pd.DataFrame({"Text": [text or " " for text in texts], "Label": 0}), classifier.tokenizer,
+                          classifier.max_length, classifier.tokenizer.eot_token, settings.token_pos, settings.pooling,
+                          padding_mode(replace(settings, batch_size=1)))
+    top = Top(model.to(device), frozen_blocks(settings, model.cfg), settings.dtype)
+    logits = torch.empty(len(dataset), len(classifier.labels))
+    with evaluating(top):
+        for batch in length_batches([len(ids) for ids in dataset.inputs], 0 if seen and not settings.padding else 4096):
+            inputs, at, _ = collate([dataset[i] for i in batch])
+            logits[batch] = calc_logits(inputs, at, top, device).float().cpu()
+    if not logits.isfinite().all():
+        raise ValueError("the classifier gives NaN or infinity: its weights are damaged")
+    return logits.softmax(dim=-1)
+
+
+def decide(classifier, probabilities, threshold=None):
+    """Return (label, its probability); with a threshold the second of two labels from that probability on."""
+    best = int(probabilities.argmax()) if threshold is None else int(probabilities[1] >= threshold)
+    return classifier.labels[best], float(probabilities[best])
 
 
 def classify_review(text, classifier, device):
-    """Return (label, probability) of one message, prepared as the training messages were."""
-    probabilities = predict(classifier, [text], device)[0]
-    best = int(probabilities.argmax())
-    return classifier.labels[best], float(probabilities[best])
+    """Return (label, probability) of one message."""
+    return decide(classifier, predict(classifier, [text], device)[0])
+
+
+def read_texts(file, text_column=None):
+    """Yield (row number, text, None) or (row number, None, what is wrong) for each row of a binary file, one at a time.
+
+    A file named .csv, .tsv or .jsonl is read by its column `text_column` (default: text, in any case), else
+    every line is a text.
+    """
+    lines = (line.decode("utf-8-sig" if i == 0 else "utf-8", "surrogateescape") for i, line in enumerate(file))
+    kind, wanted = Path(str(file.name)).suffix.lower(), (text_column or "text").lower()
+
+    def pick(row):
+        return {str(key).lower(): value for key, value in row.items()}[wanted]
+
+    if kind in (".csv", ".tsv"):
+        reader = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
+        if wanted not in [str(name).lower() for name in reader.fieldnames or []]:
+            raise ValueError(f"{file.name} has the columns {reader.fieldnames}, not {wanted}: give --text-column")
+        rows, parse = reader, pick
+    elif kind in (".jsonl", ".json", ".ndjson"):
+        rows, parse = lines, lambda line: pick(json.loads(line))
+    else:
+        rows, parse = lines, lambda line: line.rstrip("\r\n")
+    rows = iter(rows)
+    for number in count(1):
+        try:
+            text = parse(next(rows))
+            if not isinstance(text, str):
+                raise ValueError(f"its text is {text!r}")
+            text.encode("utf-8" if kind != ".jsonl" else "utf-16", "surrogatepass" if kind == ".jsonl" else "strict")
+        except StopIteration:
+            return
+        except UnicodeEncodeError:
+            yield number, None, "it is not UTF-8"
+        except (ValueError, KeyError, AttributeError, csv.Error) as error:
+            yield number, None, f"{type(error).__name__}: {error}"
+        else:
+            yield number, text, None
 
 
 def save_classifier(path, classifier):
@@ -1084,32 +1599,138 @@ def save_classifier(path, classifier):
         torch.save(content, temporary)
 
 
-def load_classifier(path):
+def load_classifier(path, weights_dir=None):
     """Return the Classifier that `save_classifier` wrote: the same logits, bit for bit.
 
-    Raises ValueError if the file is not one; nothing in it is executed.
+    Also takes a bare state_dict saved by the chapter's code; then the tokenizer comes from a converted
+    model in `weights_dir`. Raises ValueError if the file is neither; nothing in it is executed.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no classifier at {path}: make one with `python gpt_spam.py train`, or name it with --classifier")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        cfg = GPTConfig(**content["config"])
-        settings = FinetuneConfig(**content["settings"])
-        with SkipInit():
-            model = GPTModel(cfg)
-            model.out_head = nn.Linear(cfg.emb_dim, len(content["labels"]))
-        model.load_state_dict(content["model"], assign=True)
-        return Classifier(model.eval(), content["tokenizer"], content["labels"], content["max_length"], settings,
-                          content["about"])
     except Exception as error:  # torch.load raises nearly anything for a file of another kind
+        raise ValueError(f"{path} is not a classifier: {str(error).splitlines()[0]}") from None
+    try:
+        if "tok_emb.weight" in content:
+            content = describe_chapter_state(content, weights_dir)
+        cfg, state, labels = GPTConfig(**content["config"]), dict(content["model"]), content["labels"]
+        if sum(name.endswith("norm1.scale") for name in state) != cfg.n_layers or cfg.emb_dim != state["tok_emb.weight"].shape[1]:
+            raise ValueError("its config does not fit its tensors")
+        with SkipInit(), torch.device("meta"):  # no memory before the shapes are known to be right
+            model = GPTModel(cfg)
+            model.out_head = nn.Linear(cfg.emb_dim, len(labels))
+        model.load_state_dict(state, assign=True)
+        if not all(p.dtype == torch.float32 and p.sum().isfinite() for p in model.parameters()):
+            raise ValueError("its weights are not finite float32 numbers")
+        classifier = Classifier(model.eval(), content["tokenizer"], labels, content["max_length"],
+                                FinetuneConfig(**content["settings"]), content["about"])
+        check_vocabulary(classifier.tokenizer, cfg)
+        if not 0 < classifier.max_length <= cfg.context_length:
+            raise ValueError(f"its max_length is {classifier.max_length}, its context {cfg.context_length}")
+        return classifier
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is not a classifier saved by `train`: {str(error).splitlines()[0]}") from None
+
+
+def describe_chapter_state(state, weights_dir):
+    """Add what a state_dict saved by the chapter's code does not say, and say so."""
+    vocab, emb = state["tok_emb.weight"].shape
+    layers = sum(name.endswith("norm1.scale") for name in state)
+    for file in sorted(Path(weights_dir or HERE / "weights").glob("*.npz")):
+        with np.load(file, allow_pickle=False) as npz:
+            texts = {name: npz[name].tobytes().decode() for name in ("encoder.json", "vocab.bpe")}
+        if len(json.loads(texts["encoder.json"])) == vocab:
+            break
+    else:
+        raise ValueError(f"a bare state_dict brings no tokenizer, and no .npz in the weights folder has {vocab:,} tokens: "
+                         "run `convert --model 124M` first")
+    heads, classes = max(1, emb // 64), len(state["out_head.weight"])
+    print(f"a bare state_dict: taking it for the chapter's, {heads} heads, labels {'ham, spam' if classes == 2 else classes}, "
+          f"max_length 120, last position, tokenizer of {file.name}", file=sys.stderr)
+    cfg = GPTConfig(vocab, len(state["pos_emb.weight"]), emb, heads, layers)
+    return {"config": asdict(cfg), "settings": {}, "labels": ["ham", "spam"] if classes == 2 else [str(i) for i in range(classes)],
+            "max_length": min(120, cfg.context_length), "tokenizer": texts, "about": {"model": "chapter's state_dict"}, "model": state}
+
+
+# ---- The book's experiments: its table's nineteen rows, each a change of settings ----
+
+EXPERIMENTS = {  # row: (model, or None for --model; changes; published test accuracy in percent)
+    1: (None, {}, 95.00),
+    2: (None, {"token_pos": "first"}, 75.00),
+    3: (None, {"trainable_layers": "last_layer"}, 72.00),
+    4: (None, {"trainable_layers": "last_two_blocks"}, 98.33),
+    5: (None, {"trainable_layers": "all"}, 96.67),
+    6: ("355M", {}, 84.67),
+    7: ("774M", {}, 96.67),
+    8: ("1558M", {}, 98.33),
+    9: ("1558M", {"trainable_layers": "all"}, 98.67),
+    10: (None, {"weights": "random", "trainable_layers": "all"}, 93.67),
+    11: (None, {"trainable_layers": "lora", "lora_rank": 16, "lora_alpha": 16}, 96.67),
+    12: ("1558M", {"trainable_layers": "lora", "lora_rank": 16, "lora_alpha": 8}, 98.33),
+    13: (None, {"context_length": "model"}, 78.33),
+    14: (None, {"padding": False, "batch_size": 1}, 98.00),
+    15: (None, {"padding": False, "batch_size": 1, "accumulation_steps": 8}, 98.33),
+    16: (None, {"token_pos": "last_real"}, 98.33),
+    17: (None, {"causal_mask": False}, 95.33),
+    18: (None, {"ignore_index": 50256}, 95.00),  # the script never passes it on; here it is, and with labels 0 and 1 changes nothing
+    19: (None, {"pooling": "mean"}, 96.33),
+}
+
+
+def connect(model, datasets, settings, device, trunks=None):
+    """Return (top, loaders): the part of the model that `finetune` trains, and loaders of what it takes.
+
+    The frozen trunk is run here, once a message, unless nothing is frozen or the settings say no. `trunks`,
+    a dict, keeps its output for later calls that need the same (of the same model, frames and tokenizer).
+    """
+    cut = frozen_blocks(settings, model.cfg)
+    if cut and settings.cache:
+        key = (cut, settings.dtype, settings.causal_mask, settings.weights, settings.context_length, padding_mode(settings) == "all")
+        trunks = {} if trunks is None else trunks
+        if key not in trunks:
+            trunks[key] = cache_trunk(model, [dataset.inputs for dataset in datasets], cut, device, settings.dtype)
+        datasets = [dataset.with_inputs(inputs) for dataset, inputs in zip(datasets, trunks[key])]
+    elif settings.cache:
+        print(f"no cache: with {settings.trainable_layers} no block stays as it is; " * (not cut)
+              + f"everything is computed in float32" * (settings.dtype != "float32"))
+    return Top(model, cut, settings.dtype, everywhere=not settings.cache), create_loaders(datasets, settings.batch_size)
+
+
+def run_experiment(row, model_file, frames, labels, settings, device, trunks):
+    """Train one row of the table and return it as a dict, accuracies as fractions, losses the last logged."""
+    model, texts = load_pretrained(model_file, settings.causal_mask, settings.seed if settings.weights == "random" else None)
+    tokenizer = build_tokenizer(texts["encoder.json"], texts["vocab.bpe"])
+    datasets = create_datasets(frames, tokenizer, settings, model.cfg.context_length)
+    add_classification_head(model, len(labels), settings)
+    result = finetune(*connect(model.to(device), datasets, settings, device, trunks), settings, device)
+    last = result["history"][-1]
+    return {"row": row, "weights": settings.weights, "token_position": "mean" if settings.pooling == "mean" else settings.token_pos,
+            "layers": settings.trainable_layers, "context": datasets[0].max_length if settings.padding else "no padding",
+            **result["final"], "train_loss": last["train_loss"], "val_loss": last["val_loss"],
+            "seconds": sum(result["seconds"].values()), "device": str(device)}
+
+
+def markdown_table(rows):
+    """The rows as a Markdown table in the published form, the published accuracies beside ours."""
+    lines = ["| | Model | Weights | Token position | Trainable layers | Context length | Training acc | Validation acc | Test acc "
+             "| Published test acc | Training time | Device |", "|---" * 12 + "|"]
+    for row in rows:
+        changes = [f"{name} {value}" for name, value in EXPERIMENTS[row["row"]][1].items()
+                   if name in ("causal_mask", "ignore_index", "batch_size", "accumulation_steps")]
+        accuracies = [f"{100 * row[f'{part}_accuracy']:.2f}%" for part in ("train", "val", "test")]
+        lines.append("| " + " | ".join(map(str, (
+            row["row"], row["model"], row["weights"], row["token_position"], row["layers"], ", ".join([str(row["context"]), *changes]),
+            *accuracies, f"{EXPERIMENTS[row['row']][2]:.2f}%", f"{row['seconds'] / 60:.2f} min", row["device"]))) + " |")
+    return "\n".join(lines)
 
 
 # ---- Command line ----
 
-HERE = Path(__file__).resolve().parent
+SPLIT_NAMES = ("Training", "Validation", "Test")
 SPAM_MESSAGE = "You are a winner you have been specially selected to receive $1000 cash or a $2000 award."
 HAM_MESSAGE = "Hey, just wanted to check if we're still on for dinner tonight? Let me know!"
+SAMPLE_NOTE = "bundled sample messages: figures say nothing about real SMS"
 
 
 def pick_device(name="auto"):
@@ -1121,7 +1742,7 @@ def pick_device(name="auto"):
             raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
         return torch.device(name)
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     version = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
     return torch.device("mps" if torch.backends.mps.is_available() and version >= (2, 9) else "cpu")
 
@@ -1131,26 +1752,54 @@ def check_writable(path):
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder")
-    with atomic_write(path.with_name(path.name + ".try")) as temporary:
+    probe = path.with_name(path.name + ".try")
+    with atomic_write(probe) as temporary:
         temporary.touch()
-    path.with_name(path.name + ".try").unlink()
+    probe.unlink(missing_ok=True)
 
 
 def find_data(name, data_dir, url=None, verify=True):
-    """Return the file of messages: one that is named, or UCI's, downloaded at need."""
-    if name != "sms":
+    """Return the file of messages: one that is named, or UCI's ("sms"), downloaded at need.
+
+    "auto" is UCI's, or, when no address answers, the bundled sample.
+    """
+    path = Path(data_dir) / "SMSSpamCollection.tsv"
+    urls = [f"{url.rstrip('/')}/static/public/228/sms+spam+collection.zip"] if url else DATA_URLS
+    if name == "auto" and not path.exists() and not any((path.parent / "download").glob("*")):
+        bundled = next((f for f in (path.with_name("sample_sms.tsv"), HERE / "data" / "sample_sms.tsv") if f.exists()), None)
+        if bundled and not reachable(urls):
+            return bundled
+    if name not in ("auto", "sms"):
         if not Path(name).is_file():
             raise FileNotFoundError(f"no file {name}")
         return Path(name)
-    path = Path(data_dir) / "SMSSpamCollection.tsv"
     if not path.exists():
-        urls = [f"{url}/static/public/228/sms+spam+collection.zip"] if url else DATA_URLS
         download_and_unzip_spam_data(urls, path, verify)
     return path
 
 
+def find_inputs(args):
+    """Return (model file, data file) of the command line, downloading at need; under torchrun one process does it."""
+    with leader_first():
+        model_file = find_model(args.model, args.weights_dir, args.weights_url, args.verify, getattr(args, "keep_checkpoint", False))
+        return model_file, find_data(args.data, args.data_dir, args.data_url, args.verify)
+
+
+def default_settings(about):
+    """The finetuning settings that a model brings along, else the chapter's."""
+    known = {f.name for f in fields(FinetuneConfig)}
+    return FinetuneConfig(**{name: value for name, value in about.get("finetune", {}).items() if name in known})
+
+
+def describe_inputs(about, model_file, data):
+    """One line on what is used: "GPT-2 124M (weights/gpt2-124M.npz) on ...", with a warning where figures mislead."""
+    notes = [about.get("note"), SAMPLE_NOTE if data.name == "sample_sms.tsv" else None,
+             None if about.get("verified", True) else "weights not verified: figures are not GPT-2's"]
+    return f"model {about['name']} ({model_file}), data {data}" + "".join(f"; {note}" for note in notes if note)
+
+
 def show_untrained(model, tokenizer):
-    """Print what the chapter shows before finetuning: sensible text, and no answer when asked about spam."""
+    """Print what the chapter shows before finetuning: text that goes on, and no answer when asked about spam."""
     print("Output text:", generate_text(model, tokenizer, "Every effort moves you", 15))
     prompt = f"Is the following text 'spam'? Answer with 'yes' or 'no': '{SPAM_MESSAGE}'"
     answer = generate_text(model, tokenizer, prompt, 23)[len(prompt):]
@@ -1158,109 +1807,221 @@ def show_untrained(model, tokenizer):
 
 
 def cmd_train(args):
-    """Chapter 6 from top to bottom."""
+    """Chapter 6 from top to bottom: data, model, new head, finetuning, accuracies, two messages classified."""
     out = args.out or args.weights_dir / "spam_classifier.pth"
+    if args.plot:
+        require("matplotlib", "--plot")
     for path in (out, args.metrics, args.plot and args.plot / "loss-plot.png"):
         if path:
             check_writable(path)
-    if args.plot:
-        require("matplotlib", "--plot")
     clock, seconds, device = time.perf_counter(), {}, pick_device(args.device)
 
     def lap(phase):
         nonlocal clock
         seconds[phase], clock = time.perf_counter() - clock, time.perf_counter()
 
-    # 6.2 dataset, 6.4 model: fetched and prepared once
-    model_file = find_model(args.model, args.weights_dir, args.weights_url, args.verify, args.keep_checkpoint)
-    data = find_data(args.data, args.data_dir, args.data_url, args.verify)
-    splits = prepare_splits(data, args.data_dir)
-    lap("data and weights")
-    model, texts, about = load_pretrained(model_file)
-    settings = replace(FinetuneConfig(**about.get("finetune", {})), **chosen_settings(args))
-    about = {**about, "model": str(model_file), "data": str(data)}
-    note = f"{about['name']}{'' if about.get('verified', True) else ' (values not verified)'} on {data.name}"
-    print(f"model and data: {note}; device: {device}")
+    # 6.2 dataset
+    model_file, data = find_inputs(args)
+    df = read_messages(data, args.text_column, args.label_column)
+    test = args.test_data and read_messages(args.test_data, args.text_column, args.label_column)
+    lap("download")
+
+    # 6.4 model and weights
+    about = load_about(model_file)
+    settings = replace(default_settings(about), **chosen_settings(args))
+    model, texts = load_pretrained(model_file, settings.causal_mask, settings.seed if settings.weights == "random" else None)
+    about = {**about, "inputs": describe_inputs(about, model_file, data)}
+    print(about["inputs"])
+    print(f"device {device}" + (f", {world_size()} processes" if world_size() > 1 else "")
+          + (f", TF32 {'on' if torch.backends.cuda.matmul.allow_tf32 else 'off'}" if device.type == "cuda" else ""))
     print("settings: " + ", ".join(f"{name} {value}" for name, value in asdict(settings).items()))
     lap("loading")
 
     # 6.3 data loaders
+    frames, labels = prepare_splits(df, settings, test)
+    for name, frame in zip(("train", "validation", "test"), frames):
+        with atomic_write(args.data_dir / f"{name}.csv") as temporary:
+            frame.to_csv(temporary, index=None)
     tokenizer = build_tokenizer(texts["encoder.json"], texts["vocab.bpe"])
-    loaders = create_loaders(splits, tokenizer, batch_size=settings.batch_size)
-    max_length = loaders[0].dataset.max_length
-    if max_length > model.cfg.context_length:
-        raise ValueError(f"the longest training message has {max_length} tokens, the model holds {model.cfg.context_length}")
-    if len(splits[0]) < settings.batch_size:
-        raise ValueError(f"{len(splits[0])} training messages make no batch of {settings.batch_size}: lower --batch-size")
-    print(f"{' / '.join(str(len(frame)) for frame in splits)} training, validation and test messages of {max_length} tokens; "
-          f"{' / '.join(str(len(loader)) for loader in loaders)} batches of {settings.batch_size}")
+    datasets = create_datasets(frames, tokenizer, settings, model.cfg.context_length)
+    if len(frames[0]) < settings.batch_size:
+        raise ValueError(f"{len(frames[0])} training messages make no batch of {settings.batch_size}: lower --batch-size")
+    print(f"{' / '.join(str(len(frame)) for frame in frames)} training, validation and test messages, labels {', '.join(labels)}, "
+          f"longest {datasets[0].max_length} tokens")
     lap("tokenizing")
 
-    # 6.4 sanity check, 6.5 head
-    model.to(device)
-    show_untrained(model, tokenizer)
+    # 6.4 sanity check, 6.5 head and frozen trunk
+    show_untrained(model.to(device), tokenizer)
     lap("sanity check")
-    add_classification_head(model, len(LABELS), settings.seed)
+    add_classification_head(model, len(labels), settings)
     print("training {:,} of {:,} parameters".format(*count_parameters(model)))
-    model.to(device)
+    top, loaders = connect(model.to(device), datasets, settings, device)
+    lap("frozen trunk")
 
     # 6.6 before training
-    idx = torch.tensor([tokenizer.encode_ordinary("Do you have time")], device=device)
+    ids = torch.tensor([tokenizer.encode_ordinary("Do you have time")], device=device)
     with evaluating(model):
-        print("Head output for 'Do you have time':", [round(x, 4) for x in model(idx)[0, -1].tolist()])
+        print("Head output for 'Do you have time':", [round(x, 4) for x in model(ids)[0, -1].tolist()])
     torch.manual_seed(settings.seed)
-    names = ("Training", "Validation", "Test")
-    for name, loader in zip(names, loaders):
-        print(f"{name} accuracy: {calc_accuracy_loader(loader, model, device, 10) * 100:.2f}%")
-    for name, loader in zip(names, loaders):
-        print(f"{name} loss: {calc_loss_loader(loader, model, device, 5):.3f}")
+    for name, loader in zip(SPLIT_NAMES, loaders):
+        print(f"{name} accuracy: {calc_accuracy_loader(loader, top, device, 10) * 100:.2f}%")
+    for name, loader in zip(SPLIT_NAMES, loaders):
+        print(f"{name} loss: {calc_loss_loader(loader, top, device, 5):.3f}")
     lap("untrained evaluation")
 
     # 6.7 finetuning
-    result = finetune(model, loaders, settings, device)
+    class_weights = None
+    if settings.balance == "weights" or settings.balance == "auto" and labels != ["ham", "spam"]:
+        class_weights = torch.tensor(1 / frames[0]["Label"].value_counts(normalize=True).sort_index().to_numpy(np.float32)) / len(labels)
+    state_file = out.with_name(out.name + ".resume") if args.resume else None
+    run = {**asdict(settings), "model": str(model_file), "data": str(data), "messages": len(df), "processes": world_size()}
+    result = finetune(top, loaders, settings, device, class_weights, state_file, run)
     seconds |= result["seconds"]
     clock = time.perf_counter()
-    print(f"({note})")
+    print(f"({about['inputs']})")
 
     # 6.8 use
-    classifier = Classifier(model.eval(), texts, list(LABELS), max_length, settings, about)
+    if settings.trainable_layers == "lora":
+        merge_lora(model)
+    classifier = Classifier(model.eval(), texts, labels, datasets[1].max_length, settings, about)
     for text in (SPAM_MESSAGE, HAM_MESSAGE):
         print("{}  {:.4f}  {}".format(*classify_review(text, classifier, device), text))
     save_classifier(out, classifier)
     lap("use and saving")
-    print(f"saved {out}; now try: python gpt_spam.py classify \"You won a prize!\"")
+    print(f"saved {out}; now try: python {Path(sys.argv[0]).name} classify \"You won a prize!\"")
     if args.plot:
-        plot_history(result, len(loaders[0]) * settings.batch_size, args.plot)
+        plot_history({**result, "steps_an_epoch": len(loaders[0])}, args.plot)
     if args.metrics:
         with atomic_write(args.metrics) as temporary:
-            temporary.write_text(json.dumps({**result, "seconds": seconds, "settings": {
-                **asdict(settings), "model": str(model_file), "data": str(data), "device": str(device)}}, indent=2) + "\n")
+            temporary.write_text(json.dumps({**result, "seconds": seconds, "note": about["inputs"],
+                                             "settings": {**run, "device": str(device)}}, indent=2) + "\n")
+    if state_file and not rank():
+        state_file.unlink(missing_ok=True)
+
+
+def cmd_experiments(args):
+    """The nineteen rows of the book's table of experiments, as Markdown; finished rows are kept in --out and not run again."""
+    device, out = pick_device(args.device), args.out or args.weights_dir / "experiments.csv"
+    check_writable(out)
+    model_file, data = find_inputs(args)
+    about = load_about(model_file)
+    base = replace(default_settings(about), **chosen_settings(args))
+    run = json.dumps({"model": str(model_file), "data": str(data), **asdict(base)})
+    kept = pd.read_csv(out).to_dict("records") if out.is_file() else []
+    done = {row["row"]: row for row in kept if row.get("run") == run}
+    frames, labels = prepare_splits(read_messages(data, args.text_column, args.label_column), base, shuffle_first=True)
+    trunks, failed = {}, 0
+    try:
+        wanted = [int(n) for n in args.rows.split(",")] if args.rows else list(EXPERIMENTS)
+        if unknown := set(wanted) - set(EXPERIMENTS):
+            raise ValueError(f"{min(unknown)} is not 1 to 19")
+    except ValueError as error:
+        raise ValueError(f"--rows {args.rows}: {error}") from None
+    for row in wanted:
+        size, changes, _ = EXPERIMENTS[row]
+        if row in done or size and not args.rows and not (args.weights_dir / f"gpt2-{size}.npz").exists():
+            continue
+        print(f"row {row}: {size or about['name']}, {changes or 'the reference'}", file=sys.stderr)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                file = find_model(size, args.weights_dir, args.weights_url, args.verify) if size else model_file
+                done[row] = {"run": run, "model": size or about["name"], **run_experiment(
+                    row, file, frames, labels, replace(base, **changes), device, trunks if not size else None)}
+        except Exception as error:  # whatever it is, the other rows still run
+            print(f"gpt_spam: row {row} failed: {type(error).__name__}: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        with atomic_write(out) as temporary:
+            pd.DataFrame([row for row in kept if row.get("run") != run] + [done[n] for n in sorted(done)]).to_csv(temporary, index=False)
+    print(describe_inputs(about, model_file, data) + "\n")
+    print(markdown_table([done[row] for row in wanted if row in done]))
+    if failed:
+        raise ValueError(f"{failed} of {len(wanted)} rows failed; run the same command again for them")
 
 
 def cmd_evaluate(args):
-    """Accuracy of a saved classifier on a split of the data, or on all of it."""
-    classifier, device = load_classifier(args.classifier or args.weights_dir / "spam_classifier.pth"), pick_device(args.device)
-    path = find_data(args.data, args.data_dir, args.data_url, args.verify)
+    """Accuracy, precision, recall, F1, confusion, average precision and ROC AUC of a saved classifier."""
+    device = pick_device(args.device)
+    classifier = load_classifier(args.classifier or args.weights_dir / "spam_classifier.pth", args.weights_dir)
+    with leader_first():
+        path = find_data(args.data, args.data_dir, args.data_url, args.verify)
+    df, labels = read_messages(path, args.text_column, args.label_column), classifier.labels
     if args.split == "all":
-        frame = read_messages(path)
-        frame["Label"] = frame["Label"].map({name: i for i, name in enumerate(classifier.labels)})
+        if unknown := sorted(set(df["Label"]) - set(labels)):
+            raise ValueError(f"{path} has labels {unknown[:5]}, the classifier knows {labels}")
+        frame = df.assign(Label=df["Label"].map(labels.index))
     else:
-        frame = dict(zip(("train", "validation", "test"), prepare_splits(path)))[args.split]
-    predicted = predict(classifier, frame["Text"].tolist(), device).argmax(dim=-1).numpy()
-    print(f"{args.split}: {(predicted == frame['Label'].to_numpy()).mean() * 100:.2f}% of {len(frame):,} messages right")
+        frames, names = prepare_splits(df, classifier.settings)
+        if names != labels:
+            raise ValueError(f"{path} has labels {names}, the classifier {labels}")
+        frame = dict(zip(("train", "validation", "test"), frames))[args.split]
+    metrics = calc_metrics(frame["Label"], predict(classifier, frame["Text"].tolist(), device), labels)
+    if args.format == "json":
+        print(json.dumps({"data": str(path), "split": args.split, **metrics}, indent=2))
+        return
+    print(f"{path}, {args.split}: {len(frame):,} messages, accuracy {metrics['accuracy'] * 100:.2f}%\n")
+    width = max(len(name) for name in [*labels, "weighted mean"])
+    print(f"{'':{width}}  precision  recall      F1  support")
+    rows = {**metrics["classes"], **{f"{m} mean": {**metrics[m], "support": len(frame)} for m in ("macro", "weighted")}}
+    for name, row in rows.items():
+        print(f"{name:{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['support']:7,}")
+    print("\nconfusion (row: true, column: predicted)")
+    for name, row in zip(labels, metrics["confusion"]):
+        print(f"{name:{width}}  " + "  ".join(f"{n:7,}" for n in row))
+    if "roc_auc" in metrics:
+        print(f"\n{labels[1]}: average precision {metrics['average_precision']:.4f}, ROC AUC {metrics['roc_auc']:.4f}")
 
 
 def cmd_classify(args):
-    """A label and its probability for each text."""
-    classifier, device = load_classifier(args.classifier or args.weights_dir / "spam_classifier.pth"), pick_device(args.device)
-    for text in args.texts:
-        print("{}\t{:.4f}\t{}".format(*classify_review(text, classifier, device), text))
+    """A label and its probability for each text, in order."""
+    if bool(args.texts) == bool(args.input):
+        raise ValueError("give texts, or --input FILE (or -)")
+    if args.input and str(args.input) == "-" and world_size() > 1:
+        raise ValueError("several processes cannot share standard input: give --input a file")
+    device = pick_device(args.device)
+    classifier = load_classifier(args.classifier or args.weights_dir / "spam_classifier.pth", args.weights_dir)
+    if args.threshold is not None and (len(classifier.labels) != 2 or not 0 <= args.threshold <= 1):
+        raise ValueError(f"--threshold takes 0 to 1 and two labels, not {args.threshold} and {len(classifier.labels)}")
+    with contextlib.ExitStack() as stack:
+        if args.texts:
+            rows = ((i, text, None) for i, text in enumerate(args.texts, 1))
+        else:
+            source = sys.stdin.buffer if str(args.input) == "-" else stack.enter_context(open(args.input, "rb"))
+            rows = read_texts(source, args.text_column)
+        output = sys.stdout
+        if args.output and str(args.output) != "-":
+            output = stack.enter_context(open(stack.enter_context(atomic_write(args.output)), "w", encoding="utf-8", newline=""))
+        bar = stack.enter_context(progress(None, "classifying", " messages"))
+        table = csv.writer(output, lineterminator="\n")
+        if args.format == "csv":
+            table.writerow(["label", "probability", "text"])
+        while chunk := list(islice(rows, 4096)):
+            for number, _, problem in chunk:
+                if problem:
+                    message = f"row {number} is passed over: {problem}"
+                    if args.strict:
+                        raise ValueError(message)
+                    print(f"gpt_spam: {message}", file=sys.stderr)
+            texts = [text for _, text, problem in chunk if not problem]
+            for text, probabilities in zip(texts, predict(classifier, texts, device) if texts else ()):
+                label, probability = decide(classifier, probabilities, args.threshold)
+                text = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be written
+                if args.format == "csv":
+                    table.writerow([label, f"{probability:.4f}", text])
+                elif args.format == "jsonl":
+                    output.write(json.dumps({"label": label, "probability": round(probability, 6), "text": text}, ensure_ascii=False) + "\n")
+                else:
+                    output.write(f"{label}\t{probability:.4f}\t{' '.join(text.split())}\n")
+            output.flush()
+            bar.update(len(chunk))
 
 
 def cmd_generate(args):
     """Continue a prompt with the pretrained model."""
-    model, texts, _ = load_pretrained(find_model(args.model, args.weights_dir, args.weights_url, args.verify))
+    model, texts = load_pretrained(find_model(args.model, args.weights_dir, args.weights_url, args.verify))
     tokenizer = build_tokenizer(texts["encoder.json"], texts["vocab.bpe"])
+    if not tokenizer.encode_ordinary(args.prompt):
+        raise ValueError("an empty prompt has nothing to go on from: give a text")
     print(generate_text(model.to(pick_device(args.device)), tokenizer, args.prompt, args.tokens))
 
 
@@ -1282,8 +2043,8 @@ def add_settings(parser):
     """Give the parser one flag for each field of FinetuneConfig; only those given are in `args`."""
     group = parser.add_argument_group("finetuning settings (defaults: the chapter's, unless the model brings its own)")
     for f in fields(FinetuneConfig):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type in (bool, "bool") else {
-            "type": type(f.default), "choices": f.metadata["choices"], "metavar": None if f.metadata["choices"] else "N"}
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(f.default, bool) else {
+            "type": type(f.default), "choices": f.metadata["choices"] or None, "metavar": None if f.metadata["choices"] else "N"}
         group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                            help=f"{f.metadata['help']} (default: {f.default})", **kind)
 
@@ -1294,45 +2055,61 @@ def chosen_settings(args):
 
 
 def build_parser():
-    """The command line: five commands on top of the functions above."""
+    """The command line: a few commands on top of the functions above."""
     parser = argparse.ArgumentParser(description="Finetune GPT-2 to spot spam SMS, as in chapter 6 of "
                                      "'Build a Large Language Model (From Scratch)'.",
-                                     epilog="First: python gpt_spam.py train   Then: python gpt_spam.py classify 'You won!'")
+                                     epilog="First: python gpt_spam.py train   Then: python gpt_spam.py classify 'You won a prize!'")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(run, name, help, model=False, data=False, classifier=False):
-        sub = commands.add_parser(name, help=help, description=run.__doc__)
+    def command(run, help, model=False, data=False, classifier=False):
+        sub = commands.add_parser(run.__name__[4:], help=help, description=run.__doc__)
         sub.set_defaults(run=run)
         sub.add_argument("--weights-dir", type=Path, default=HERE / "weights", help="for models and classifiers (default: %(default)s)")
         sub.add_argument("--no-verify", dest="verify", action="store_false", help="take downloads whatever their SHA-256 is")
+        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
         if model:
-            sub.add_argument("--model", default="124M", help=f"{', '.join(SIZES)}, a folder in OpenAI's layout, or an .npz (default: %(default)s)")
+            sub.add_argument("--model", default="auto", help=f"{', '.join(SIZES)}, a folder in OpenAI's layout, an .npz, or auto: what is "
+                             "there, else 124M, else (no network) the bundled tiny model (default: auto)")
             sub.add_argument("--weights-url", metavar="URL", help="a mirror's address, before /gpt-2/models/...")
         if data:
-            sub.add_argument("--data", default="sms", help="'sms' (UCI's collection) or a file in its format (default: %(default)s)")
+            sub.add_argument("--data", default="auto", help="sms (UCI's collection), a file in its form, a CSV, TSV or JSON lines file with columns, "
+                             "or auto: sms, else (no network) the bundled messages (default: auto)")
             sub.add_argument("--data-url", metavar="URL", help="a mirror's address, before /static/public/228/...")
             sub.add_argument("--data-dir", type=Path, default=HERE / "data", help="for the messages (default: %(default)s)")
+            sub.add_argument("--label-column", metavar="NAME", help="default: label, in any case")
+        if data or run is cmd_classify:
+            sub.add_argument("--text-column", metavar="NAME", help="default: text, in any case")
         if classifier:
             sub.add_argument("--classifier", type=Path, metavar="FILE", help="default: spam_classifier.pth in the weights folder")
-        if name != "convert":
-            sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
         return sub
 
-    sub = command(cmd_train, "train", "finetune and save a classifier", model=True, data=True)
+    sub = command(cmd_train, "finetune and save a classifier", model=True, data=True)
+    sub.add_argument("--test-data", type=Path, metavar="FILE", help="messages for the test, instead of a fifth of --data")
     sub.add_argument("--out", type=Path, metavar="FILE", help="the classifier (default: spam_classifier.pth in the weights folder)")
     sub.add_argument("--metrics", type=Path, metavar="FILE", help="write losses, accuracies, seconds and settings as JSON")
     sub.add_argument("--plot", type=Path, metavar="DIR", help="write loss-plot.png and accuracy-plot.png")
+    sub.add_argument("--resume", action="store_true", help="save the state after each epoch, and go on from it")
     sub.add_argument("--keep-checkpoint", action="store_true", help="keep the raw checkpoint after its conversion")
     add_settings(sub)
-    sub = command(cmd_evaluate, "evaluate", "measure a classifier", data=True, classifier=True)
+    sub = command(cmd_evaluate, "measure a classifier", data=True, classifier=True)
     sub.add_argument("--split", choices=("train", "validation", "test", "all"), default="test", help="default: %(default)s")
-    sub = command(cmd_classify, "classify", "label texts", classifier=True)
-    sub.add_argument("texts", nargs="+", metavar="TEXT")
-    sub = command(cmd_generate, "generate", "continue a text with the pretrained model", model=True)
+    sub.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
+    sub = command(cmd_classify, "label texts", classifier=True)
+    sub.add_argument("texts", nargs="*", metavar="TEXT")
+    sub.add_argument("--input", type=Path, metavar="FILE", help="a text a line, or .csv, .tsv, .jsonl with a text column; -: standard input")
+    sub.add_argument("--output", type=Path, metavar="FILE", help="default: -, standard output")
+    sub.add_argument("--format", choices=("text", "csv", "jsonl"), default="text", help="default: %(default)s")
+    sub.add_argument("--threshold", type=float, metavar="P", help="call it the second label (spam) from this probability on")
+    sub.add_argument("--strict", action="store_true", help="stop at a broken row instead of passing it over")
+    sub = command(cmd_generate, "continue a text with the pretrained model", model=True)
     sub.add_argument("prompt", nargs="?", default="Every effort moves you", help="default: %(default)s")
     sub.add_argument("--tokens", type=int, default=15, help="how many to add (default: %(default)s)")
-    sub = command(cmd_convert, "convert", "download and convert a checkpoint", model=True)
+    sub = command(cmd_convert, "download and convert a checkpoint", model=True)
     sub.add_argument("--keep-checkpoint", action="store_true", help="keep the raw checkpoint after its conversion")
+    sub = command(cmd_experiments, "the book's nineteen experiments as a table", model=True, data=True)
+    sub.add_argument("--rows", metavar="1,2,16", help="default: all whose model is there")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="keep the rows as CSV (default: experiments.csv in the weights folder)")
+    add_settings(sub)
     return parser
 
 
@@ -1340,9 +2117,18 @@ def main(argv=None):
     """Run a command; return its exit status: 0, or 2 after one line about what was wrong."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        with processes():
+            args.run(args)
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("gpt_spam: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
-        print(f"gpt_spam: error: {error}", file=sys.stderr)
+        hint = " (choose other places with --weights-dir, --data-dir and --out)" if isinstance(error, PermissionError) or getattr(
+            error, "errno", 0) == errno.EROFS else ""
+        print(f"gpt_spam: error: {error}{hint}", file=sys.stderr)
         return 2
     return 0
 

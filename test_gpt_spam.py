@@ -69,30 +69,82 @@ def test_default_quoting_glues_messages_as_in_the_chapter(tmp_path):
 
 
 def test_balance_and_split():
-    df = pd.DataFrame({"Label": ["ham"] * 70 + ["spam"] * 30, "Text": [str(i) for i in range(100)]})
+    df = pd.DataFrame({"Label": ["ham"] * 170 + ["spam"] * 60, "Text": [str(i) for i in range(230)]})
     balanced = g.create_balanced_dataset(df)
-    assert balanced["Label"].value_counts().to_dict() == {"ham": 30, "spam": 30}
-    parts = g.random_split(balanced, 0.7, 0.1)
-    assert [len(p) for p in parts] == [42, 6, 12]
-    assert sorted(pd.concat(parts)["Text"]) == sorted(balanced["Text"])
+    assert balanced["Label"].value_counts().to_dict() == {"ham": 60, "spam": 60}
+    chapter = pd.concat([df[df["Label"] == "ham"].sample(60, random_state=123), df[df["Label"] == "spam"]])
+    pd.testing.assert_frame_equal(balanced, chapter)
+    frames, labels = g.prepare_splits(df)
+    assert [len(f) for f in frames] == [84, 12, 24] and labels == ["ham", "spam"]
+    assert sorted(pd.concat(frames)["Text"]) == sorted(balanced["Text"])
+    for frame in frames:  # labels stay with their texts
+        assert frame["Label"].tolist() == [int(int(text) >= 170) for text in frame["Text"]]
+
+
+def test_any_labels_small_classes_and_a_given_test_file():
+    df = pd.DataFrame({"Label": ["b"] * 20 + ["a"] * 60 + ["c"] * 10, "Text": [str(i % 88) for i in range(90)]})
+    frames, labels = g.prepare_splits(df)
+    assert labels == ["a", "b", "c"] and [f["Label"].value_counts().sort_index().to_list() for f in frames] == [[42, 14, 7], [6, 2, 1], [12, 4, 2]]
+    assert [len(f) for f in g.prepare_splits(df, g.FinetuneConfig(balance="undersample"))[0]] == [21, 3, 6]
+    test = pd.DataFrame({"Label": ["c", "a"], "Text": ["x", "y"]})
+    frames, _ = g.prepare_splits(df, test=test)
+    assert frames[2]["Label"].tolist() == [2, 0] and len(frames[0]) + len(frames[1]) == 90
+    together = pd.concat(g.prepare_splits(df, g.FinetuneConfig(dedupe=True))[0])
+    assert together["Text"].is_unique and len(together) == 88
+    with pytest.raises(ValueError, match="'d'"):
+        g.prepare_splits(df, test=test.assign(Label="d"))
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.csv", "id,Text,Label\n1,\"hi, you\",x\n2,NA,y\n"), ("a.tsv", "Label\tText\nx\thi, you\ny\tNA\n"),
+    ("a.jsonl", '{"text": "hi, you", "label": "x"}\n\n{"label": "y", "text": "NA"}\n'),
+    ("bom.csv", "\ufeffText,Label\r\n\"hi, you\",x\r\nNA,y\r\n"),
+])
+def test_forms_of_labelled_text(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    df = g.read_messages(tmp_path / name)
+    assert df.to_dict("list") == {"Label": ["x", "y"], "Text": ["hi, you", "NA"]}
+
+
+def test_columns_are_named(tmp_path):
+    (tmp_path / "a.csv").write_text("review,sentiment\ngood,1\nbad,0\n")
+    assert g.read_messages(tmp_path / "a.csv", "review", "sentiment")["Label"].tolist() == ["1", "0"]
+    with pytest.raises(ValueError, match="review, sentiment"):
+        g.read_messages(tmp_path / "a.csv", "text", "sentiment")
 
 
 @pytest.mark.skipif(not (HERE / "data" / "SMSSpamCollection.tsv").exists(), reason="the SMS Spam Collection is not here")
 def test_counts_of_the_sms_spam_collection():
     df = g.read_messages(HERE / "data" / "SMSSpamCollection.tsv")
     assert df["Label"].value_counts().to_dict() == {"ham": 4825, "spam": 747}
-    assert [len(s) for s in g.prepare_splits(HERE / "data" / "SMSSpamCollection.tsv")] == [1045, 149, 300]
+    assert [len(s) for s in g.prepare_splits(df)[0]] == [1045, 149, 300]
 
 
 @pytest.mark.parametrize("content, said", [
-    ("label,text\nham,hi\n", "'ham' or 'spam'"), ("ham\thi\nspam\tyo\n", "at least 5"), ("", "at least 5"), ("\xff", "not a tab-separated UTF-8"),
-    ("spam\ta\nspam\tb\nham\tc\n", "1 ham and 2 spam"),
+    ("label,text\nham,hi\n", "at least two labels"), ("oops\nham,hi\n", "'ham' or 'spam'"), ("eggs\thi\nspam\tyo\n", "'ham' or 'spam'"),
+    ("", "none"), ("ham\tok\nspam\t\xff", "line 2: byte 0xff"), ("spam\ta\nspam\tb\nham\tc\n", "'spam': 1"),
+    ('{"text": "a"}\n', "label"), ('{"text": \n', "cannot be read"),
 ])
 def test_wrong_data_is_one_clear_error(tmp_path, content, said):
     file = tmp_path / "data.tsv"
     file.write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=said):
-        g.prepare_splits(file)
+        g.prepare_splits(g.read_messages(file))
+
+
+def test_no_two_bundled_messages_are_alike_and_the_split_leaks_none():
+    df = g.read_messages(SAMPLE)
+    assert len(df) >= 1000 and df["Label"].value_counts().nunique() == 1
+    words = [frozenset(re.findall(r"\w+", text.lower())) for text in df["Text"]]
+    holders = {}
+    for i, own in enumerate(words):  # only messages that share a word can be alike
+        near = {j for word in own for j in holders.get(word, ())}
+        for j in near:
+            assert len(own & words[j]) <= 0.6 * len(own | words[j]), (df["Text"][i], df["Text"][j])
+        for word in own:
+            holders.setdefault(word, []).append(i)
+    frames, _ = g.prepare_splits(df)
+    assert pd.concat(frames)["Text"].is_unique
 
 
 # ---- 6.3 Tokenizer and loaders ----
@@ -132,20 +184,28 @@ def test_dataset_pads_and_cuts(tokenizer):
     frame = pd.DataFrame({"Text": ["a", "abcabcabc", ""], "Label": [0, 1, 0]})
     long = len(tokenizer.encode_ordinary("abcabcabc"))
     dataset = g.SpamDataset(frame, tokenizer, pad_token_id=319)
-    assert dataset.max_length == long and dataset.inputs.shape == (3, long)
+    assert dataset.max_length == long and {len(ids) for ids in dataset.inputs} == {long}
     assert dataset.inputs[0].tolist() == tokenizer.encode_ordinary("a") + [319] * (long - 1)
     assert dataset.inputs[2].tolist() == [319] * long
     cut = g.SpamDataset(frame, tokenizer, max_length=3, pad_token_id=319)
     assert cut.inputs[1].tolist() == tokenizer.encode_ordinary("abcabcabc")[:3]
     assert cut[1][1].tolist() == [2] and cut[1][2] == 1
+    at = {how: [a.tolist() for a in g.SpamDataset(frame[:2], tokenizer, 4, 319, **options).at] for how, options in {
+        "first": {"token_pos": "first"}, "real": {"token_pos": "last_real"}, "mean": {"pooling": "mean"}, "own": {"padding": "none"}}.items()}
+    real = [[len(tokenizer.encode_ordinary(text)[:4]) - 1] for text in frame["Text"][:2]]
+    assert at == {"first": [[0], [0]], "real": real, "mean": [[0, 1, 2, 3]] * 2, "own": real}
+    with pytest.raises(ValueError, match="message 3 has no tokens"):
+        g.SpamDataset(frame, tokenizer, token_pos="last_real")
 
 
 def test_loaders_share_one_length_and_only_training_is_shuffled(tokenizer):
     frames = [pd.DataFrame({"Text": ["x" * (i % 5 + n) for i in range(10)], "Label": [i % 2 for i in range(10)]}) for n in (1, 3, 9)]
-    loaders = g.create_loaders(frames, tokenizer, batch_size=4)
+    loaders = g.create_loaders(g.create_datasets(frames, tokenizer, g.FinetuneConfig(), 64), 4)
     assert [len(loader) for loader in loaders] == [2, 3, 3]  # the training loader drops its last 2
-    assert {loader.dataset.inputs.shape[1] for loader in loaders} == {loaders[0].dataset.max_length}
+    assert {ids.shape[1] for loader in loaders for ids, *_ in loader} == {loaders[0].dataset.max_length}
     assert torch.cat([label for *_, label in loaders[1]]).tolist() == frames[1]["Label"].tolist()
+    with pytest.raises(ValueError, match="has 4 tokens, the model holds 3"):
+        g.create_datasets([frames[0].assign(Text="zqzq")] * 3, tokenizer, g.FinetuneConfig(), 3)
 
 
 # ---- 6.4 Model ----
@@ -217,7 +277,7 @@ def micro_values(name, shape):
 
 
 def test_reader_gives_what_tensorflow_wrote(micro):
-    model, texts, about = g.load_pretrained(micro)
+    model, texts = g.load_pretrained(micro)
     state, block = model.state_dict(), "model/h1/"
     expected = {
         "tok_emb.weight": micro_values("model/wte", [320, 16]), "pos_emb.weight": micro_values("model/wpe", [1024, 16]),
@@ -323,13 +383,13 @@ def test_loss_and_accuracy_against_plain_arithmetic():
 
 
 def test_training_equals_a_plain_loop(tokenizer, tmp_path):
-    splits = g.prepare_splits(small_data(tmp_path / "d.tsv"))
+    frames, _ = g.prepare_splits(g.read_messages(small_data(tmp_path / "d.tsv")))
 
     def fresh():
         torch.manual_seed(1)
         model = g.GPTModel(g.GPTConfig(vocab_size=320, context_length=64, emb_dim=16, n_heads=2, n_layers=2))
-        g.add_classification_head(model, 2, 123)
-        return model, g.create_loaders(splits, tokenizer)
+        g.add_classification_head(model, 2)
+        return model, g.create_loaders(g.create_datasets(frames, tokenizer, g.FinetuneConfig(), 64), 8)
 
     model, loaders = fresh()
     result = g.finetune(model, loaders, g.FinetuneConfig(epochs=2, eval_freq=3, lr=1e-3), CPU)
@@ -518,7 +578,7 @@ def test_use(trained):
     where = ["--weights-dir", folder / "w", "--device", "cpu"]
     said = run("classify", *where, "hello there", "").stdout.splitlines()
     assert len(said) == 2 and all(re.fullmatch(r"(ham|spam)\t[01]\.\d{4}\t.*", line) for line in said)
-    accuracy = re.search(r"([\d.]+)% of 16 messages", run("evaluate", *where, "--data-dir", folder / "d").stdout)[1]
+    accuracy = re.search(r"16 messages, accuracy ([\d.]+)%", run("evaluate", *where, "--data-dir", folder / "d").stdout)[1]
     assert out.count(f"Test accuracy: {accuracy}%") >= 1
     assert run("generate", "--model", "124M", *where, "--tokens", 3).stdout.startswith("Every effort moves you")
 
@@ -527,7 +587,7 @@ def test_use(trained):
     (["train", "--model", "gpt5"], "unknown model 'gpt5'"),
     (["train", "--model", HERE / "data"], "not a checkpoint in OpenAI's layout"),
     (["train", "--model", MICRO, "--data", "nowhere.tsv"], "no file nowhere.tsv"),
-    (["train", "--model", MICRO, "--data", MICRO / "hparams.json"], "'ham' or 'spam'"),
+    (["train", "--model", MICRO, "--data", MICRO / "vocab.bpe"], "'ham' or 'spam'"),
     (["train", "--model", MICRO, "--data", SAMPLE, "--out", HERE], "it is a folder"),
     (["classify", "--classifier", "none.pth", "hi"], "no classifier at none.pth"),
     (["classify", "--classifier", SAMPLE, "hi"], "not a classifier"),

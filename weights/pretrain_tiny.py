@@ -150,14 +150,14 @@ def main():
     parser.add_argument("--messages", type=Path, default=HERE.parent / "data" / "sample_sms.tsv",
                         help="labelled messages; their training part is read, without the labels")
     parser.add_argument("--out", type=Path, default=HERE / "tiny.npz")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=3400)
     parser.add_argument("--batch-size", type=int, default=16, help="windows of 256 tokens a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=123)
     args = parser.parse_args()
 
     documents, held_out = read_documents(args.texts)
-    messages = gpt_spam.prepare_splits(args.messages)[0]["Text"].tolist()
+    messages = gpt_spam.prepare_splits(gpt_spam.read_messages(args.messages))[0][0]["Text"].tolist()
     state_file = args.out.with_suffix(".state.pt")
     state = torch.load(state_file, weights_only=True) if state_file.exists() else None
     if state:
@@ -216,7 +216,7 @@ def main():
     texts = {"hparams.json": json.dumps(hparams).encode(), "encoder.json": encoder.encode(), "vocab.bpe": merges.encode()}
     about = {"name": "tiny", "note": "bundled tiny model: figures are not GPT-2's", "finetune": FINETUNE}
     gpt_spam.save_pretrained(args.out, arrays, texts, about)
-    loaded = gpt_spam.load_pretrained(args.out)[0]
+    loaded, _ = gpt_spam.load_pretrained(args.out)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes, SHA-256 {gpt_spam.file_sha256(args.out)}")
     val = validate(loaded, validation, CONFIG.context_length)
     print(f"validation loss {val:.3f}, perplexity {math.exp(val):.1f}, {step * args.batch_size * CONFIG.context_length:,} tokens seen")
