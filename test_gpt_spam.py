@@ -427,6 +427,287 @@ def test_a_loss_that_is_no_number_stops_the_training():
         g.finetune(model, [loader] * 3, g.FinetuneConfig(epochs=1), CPU)
 
 
+# ---- The frozen trunk, and the settings of the book's experiments ----
+
+SMALL = g.GPTConfig(vocab_size=320, context_length=64, emb_dim=16, n_heads=2, n_layers=3)
+
+
+def small_run(tokenizer, folder, **changes):
+    """Finetune a small random model with these settings; return the result, the model and the datasets."""
+    settings = g.FinetuneConfig(**{"epochs": 2, "eval_freq": 3, "lr": 1e-3, **changes})
+    frames, labels = g.prepare_splits(g.read_messages(small_data(folder / "d.tsv")), settings)
+    torch.manual_seed(1)
+    model = g.GPTModel(replace(SMALL, causal=settings.causal_mask)).eval()
+    datasets = g.create_datasets(frames, tokenizer, settings, SMALL.context_length)
+    g.add_classification_head(model, len(labels), settings)
+    result = g.finetune(*g.connect(model, datasets, settings, CPU), settings, CPU)
+    return result, model, datasets
+
+
+def losses(result):
+    return [row[name] for row in result["history"] for name in ("train_loss", "val_loss")]
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"trainable_layers": "last_layer"}, {"trainable_layers": "last_two_blocks"}, {"token_pos": "first"}, {"token_pos": "last_real"},
+    {"pooling": "mean"}, {"causal_mask": False}, {"padding": False, "batch_size": 4}, {"context_length": "model"},
+], ids=str)
+def test_the_cached_trunk_changes_no_loss_and_no_accuracy(tokenizer, tmp_path, changes):
+    cached, uncached = (small_run(tokenizer, tmp_path, cache=cache, **changes)[0] for cache in (True, False))
+    assert losses(cached) == pytest.approx(losses(uncached), abs=2e-5)
+    assert cached["final"] == uncached["final"] and cached["epochs"] == uncached["epochs"]
+
+
+def test_what_stands_behind_the_last_real_token_does_not_matter(tokenizer, tmp_path, monkeypatch):
+    own = small_run(tokenizer, tmp_path, token_pos="last_real")
+    monkeypatch.setattr(g, "padding_mode", lambda settings: "all")
+    padded = small_run(tokenizer, tmp_path, token_pos="last_real")
+    assert len(set(map(len, own[2][0].inputs))) > 1 == len(set(map(len, padded[2][0].inputs)))
+    assert losses(own[0]) == pytest.approx(losses(padded[0]), abs=1e-5)
+
+
+def test_bfloat16_trunk_stays_near_float32(tokenizer, tmp_path):
+    half, full = (small_run(tokenizer, tmp_path, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert losses(half[0]) == pytest.approx(losses(full[0]), abs=0.02) and losses(half[0]) != losses(full[0])
+    assert all(p.dtype == torch.float32 for p in half[1].parameters())
+
+
+def test_a_cache_that_does_not_fit_goes_to_disk(tokenizer, tmp_path, monkeypatch, capsys):
+    in_memory = small_run(tokenizer, tmp_path)[0]
+    monkeypatch.setattr(g, "free_memory", lambda: 1000)
+    on_disk = small_run(tokenizer, tmp_path)[0]
+    assert "on disk" in capsys.readouterr().out and losses(on_disk) == losses(in_memory)
+
+
+@pytest.mark.parametrize("changes, read", [
+    ({"token_pos": "first"}, lambda out, real: out[:, 0]), ({}, lambda out, real: out[:, -1]),
+    ({"token_pos": "last_real"}, lambda out, real: out[torch.arange(len(out)), real - 1]),
+    ({"pooling": "mean"}, lambda out, real: out.mean(1)),
+], ids=str)
+def test_positions_against_plain_indexing(tokenizer, tmp_path, changes, read):
+    _, model, datasets = small_run(tokenizer, tmp_path, epochs=0, **changes)
+    texts = g.prepare_splits(g.read_messages(tmp_path / "d.tsv"))[0][1]["Text"]
+    encoded = [tokenizer.encode_ordinary(text)[:datasets[0].max_length] for text in texts]
+    ids = torch.tensor([i + [319] * (datasets[0].max_length - len(i)) for i in encoded])
+    plain = F.cross_entropy(read(model(ids), torch.tensor([len(i) for i in encoded])), datasets[1].labels)
+    loader = g.create_loaders(datasets, len(ids))[1]
+    assert g.calc_loss_loader(loader, model, CPU) == pytest.approx(plain.item(), abs=1e-5)
+
+
+def test_without_the_causal_mask_every_token_sees_every_other():
+    torch.manual_seed(0)
+    model = g.GPTModel(replace(CFG, causal=False)).eval()
+    ids = torch.randint(49, (1, 12))
+    other = ids.clone()
+    other[0, -1] = 49
+    assert not torch.allclose(model(ids)[:, 0], model(other)[:, 0])
+    causal = g.GPTModel(CFG).eval()
+    torch.testing.assert_close(causal(ids)[:, :-1], causal(other)[:, :-1])
+    at = torch.tensor([[3]])
+    torch.testing.assert_close(model(ids, at), model(ids)[:, 3:4])
+
+
+def test_lora_starts_unchanged_trains_every_linear_and_merges(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model, ids = g.GPTModel(CFG).eval(), torch.randint(50, (2, 12))
+    g.add_classification_head(model, 2)
+    before = model(ids)
+    g.add_classification_head(model, 2, g.FinetuneConfig(trainable_layers="lora", lora_rank=3, lora_alpha=5))
+    torch.testing.assert_close(model(ids), before)
+    torch.manual_seed(123)
+    nn.Linear(8, 2)  # the head comes first, then every A in the order of the children
+    expected = nn.init.kaiming_uniform_(torch.empty(8, 3), a=math.sqrt(5))
+    layer = model.trf_blocks[0].att.W_query
+    torch.testing.assert_close(layer.lora.A.data, expected)
+    assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.requires_grad} == {"A", "B", "weight", "bias"} - (
+        {"weight", "bias"} if not model.out_head.linear.weight.requires_grad else set())
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+        x = torch.randn(4, 8)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.linear.weight + 5 * (layer.lora.A @ layer.lora.B).T, layer.linear.bias))
+        trained = model(ids)
+        g.merge_lora(model)
+        torch.testing.assert_close(model(ids), trained)
+    g.GPTModel(CFG).load_state_dict({k: v for k, v in model.state_dict().items() if "out_head" not in k}, strict=False)
+    assert not any("lora" in name for name in model.state_dict())
+
+
+def test_accumulated_gradients_equal_a_larger_batch(tokenizer, tmp_path):
+    """Eight steps of one message are one step of eight, as the loss is a mean."""
+    one = small_run(tokenizer, tmp_path, batch_size=1, accumulation_steps=8, epochs=1, eval_freq=1000)[1]
+    eight = small_run(tokenizer, tmp_path, batch_size=8, epochs=1, eval_freq=1000)[1]
+    for (name, a), b in zip(one.state_dict().items(), eight.state_dict().values()):
+        if "W_key.bias" not in name:
+            torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+
+
+def test_ignore_index_of_another_label_changes_nothing(tokenizer, tmp_path):
+    assert losses(small_run(tokenizer, tmp_path, ignore_index=319)[0]) == losses(small_run(tokenizer, tmp_path)[0])
+
+
+def test_random_weights_are_pytorchs_in_the_order_of_the_modules(micro):
+    model, _ = g.load_pretrained(micro, random_seed=123)
+    torch.manual_seed(123)
+    torch.testing.assert_close(model.tok_emb.weight, nn.Embedding(320, 16).weight)
+    assert model.pos_emb.weight.shape == (1024, 16)
+
+
+def test_experiments_resume_and_go_on_after_a_failure(tmp_path):
+    data = small_data(tmp_path / "d.tsv")
+    args = ["experiments", "--model", MICRO, "--data", data, "--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d", "--epochs", 1,
+            "--out", tmp_path / "table.csv", "--device", "cpu", "--weights-url", "http://127.0.0.1:9"]
+    first = run(*args, "--rows", "1,6,16,18")  # row 6 needs 355M, which cannot be had
+    assert first.returncode == 2 and "row 6 failed" in first.stderr and "1 of 4 rows failed" in first.stderr
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert table["row"].tolist() == [1, 16, 18] and {"train_accuracy", "val_accuracy", "test_accuracy", "train_loss", "val_loss", "seconds"} <= set(table)
+    assert table["train_loss"][0] == table["train_loss"][2]
+    again = run(*args, "--rows", "1,16,19")
+    assert again.returncode == 0 and "row 19" in again.stderr and "row 16" not in again.stderr and again.stdout.count("| 98.33% |") == 1
+    assert run(*args, "--rows", "1,20").returncode == 2
+
+
+# ---- Metrics, choosing, resuming, several processes ----
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_metrics_equal_scikit_learn(classes):
+    sk = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(classes)
+    labels = np.concatenate([rng.integers(classes, size=300), np.arange(classes)])
+    scores = rng.random((len(labels), classes)).round(1) + 0.01  # many ties
+    scores /= scores.sum(1, keepdims=True)
+    names = [f"c{i}" for i in range(classes)]
+    ours, predicted = g.calc_metrics(labels, torch.tensor(scores), names), scores.argmax(1)
+    theirs = sk.classification_report(labels, predicted, target_names=names, output_dict=True, zero_division=0)
+    for name in names:
+        assert ours["classes"][name] == pytest.approx({k.replace("f1-score", "f1"): v for k, v in theirs[name].items()})
+    for mean in ("macro", "weighted"):
+        assert ours[mean] == pytest.approx({k.replace("f1-score", "f1"): v for k, v in theirs[f"{mean} avg"].items() if k != "support"})
+    assert ours["accuracy"] == pytest.approx(theirs["accuracy"]) and ours["confusion"] == sk.confusion_matrix(labels, predicted).tolist()
+    if classes == 2:
+        assert ours["roc_auc"] == pytest.approx(sk.roc_auc_score(labels, scores[:, 1]))
+        assert ours["average_precision"] == pytest.approx(sk.average_precision_score(labels, scores[:, 1]))
+
+
+def test_early_stop_keeps_the_best_epoch(tokenizer, tmp_path, capsys):
+    result, model, datasets = small_run(tokenizer, tmp_path, early_stop=1, epochs=12, lr=0.05)
+    assert len(result["epochs"]) < 12
+    kept = int(re.search(r"keeping epoch (\d+)", capsys.readouterr().out)[1])
+    _, same, _ = small_run(tokenizer, tmp_path, epochs=kept, lr=0.05)
+    torch.testing.assert_close(model.state_dict(), same.state_dict())
+
+
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path):
+    data, folder = small_data(tmp_path / "d.tsv"), tmp_path / "w"
+    args = ["train", "--model", MICRO, "--data", data, "--weights-dir", folder, "--data-dir", tmp_path / "d", "--device", "cpu",
+            "--lr", "1e-3", "--warmup", "0.2", "--decay", "--epochs", 4, "--resume"]
+    whole = run(*args, "--out", tmp_path / "whole.pth")
+    assert whole.returncode == 0 and not (tmp_path / "whole.pth.resume").exists()
+    code = f"""
+import sys; sys.path.insert(0, {str(HERE)!r}); import gpt_spam as g
+train = g.train_classifier_simple
+def stopped(*args):
+    *rest, after_epoch = args
+    def after(log):
+        after_epoch(log)
+        if len(log["epochs"]) == 2:
+            import os; os._exit(9)
+    return train(*rest, after)
+g.train_classifier_simple = stopped
+g.main({list(map(str, args)) + ["--out", str(tmp_path / "resumed.pth")]!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 9
+    resumed = run(*args, "--out", tmp_path / "resumed.pth")
+    assert "resuming after epoch 2" in resumed.stdout, resumed.stderr
+    a, b = (torch.load(tmp_path / f"{name}.pth", weights_only=True)["model"] for name in ("whole", "resumed"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    data = small_data(tmp_path / "d.tsv")
+    args = ["train", "--model", MICRO, "--data", data, "--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d", "--device", "cpu",
+            "--epochs", 2, "--eval-freq", 2, "--batch-size", 7, "--lr", "1e-3"]
+    assert run(*args, "--metrics", tmp_path / "one.json").returncode == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(HERE / "gpt_spam.py")]
+    done = subprocess.run([*torchrun, *map(str, args), "--metrics", str(tmp_path / "two.json")], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.count("Training completed") == 1, done.stderr
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5) and one["final"] == two["final"]
+    (tmp_path / "t.txt").write_text("hello\nwin a prize\nok\n")
+    use = ["classify", "--weights-dir", str(tmp_path / "w"), "--input", str(tmp_path / "t.txt"), "--device", "cpu"]
+    both = subprocess.run([*torchrun, *use], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert both.stdout == run(*use).stdout and len(both.stdout.splitlines()) == 3
+    bad = subprocess.run([*torchrun, *use[:-4], "--input", str(tmp_path / "none.txt")], capture_output=True, text=True)
+    assert bad.returncode != 0
+
+
+# ---- Use: streams and files from others ----
+
+def test_streams(trained, tmp_path):
+    use = ["classify", "--weights-dir", trained[0] / "w", "--device", "cpu"]
+    texts = ["hello", "", "emoji 😀 ünï", "nul \x00 byte", "<|endoftext|>", "x" * 100_000, "last"]
+    lines = "\n".join(texts).encode() + b"\n\xff broken\r\nwin"
+    done = subprocess.run([sys.executable, str(HERE / "gpt_spam.py"), *map(str, use), "--input", "-", "--format", "jsonl"], input=lines, capture_output=True)
+    rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert [row["text"] for row in rows] == [*texts, "win"] and b"row 8 is passed over: it is not UTF-8" in done.stderr
+    (tmp_path / "a.csv").write_text('Id,Text\n1,"two\nlines"\n2,"b, c"\n')
+    done = run(*use, "--input", tmp_path / "a.csv", "--output", tmp_path / "out.csv", "--format", "csv")
+    assert done.returncode == 0 and pd.read_csv(tmp_path / "out.csv")["text"].tolist() == ["two\nlines", "b, c"]
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\nnonsense\n{"text": 3}\n{"text": "\\ud800 surrogate"}\n')
+    done = run(*use, "--input", tmp_path / "a.jsonl")
+    assert len(done.stdout.splitlines()) == 2 and [f"row {n} " in done.stderr for n in range(1, 6)] == [False, True, True, True, False]
+    assert run(*use, "--input", tmp_path / "a.jsonl", "--strict", "--output", tmp_path / "no").returncode == 2 and not (tmp_path / "no").exists()
+    always, never = (run(*use, "--threshold", t, "hello").stdout.split()[0] for t in (0, 1))
+    assert (always, never) == ("spam", "ham")
+
+
+def test_a_closed_pipe_is_no_error(trained):
+    code = f"yes hello | head -20000 | {sys.executable} {HERE / 'gpt_spam.py'} classify --weights-dir {trained[0] / 'w'} --input - | head -1"
+    done = subprocess.run(["bash", "-c", f"{code}; echo ${{PIPESTATUS[2]}}"], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0" and done.stderr == ""
+
+
+def test_predictions_do_not_depend_on_their_company(trained):
+    classifier = g.load_classifier(trained[0] / "w" / "spam_classifier.pth")
+    for settings in (classifier.settings, replace(classifier.settings, token_pos="last_real"), replace(classifier.settings, pooling="mean", padding=False)):
+        classifier.settings = settings
+        texts = g.read_messages(SAMPLE)["Text"].tolist()[:50]
+        alone = torch.cat([g.predict(classifier, [text], CPU) for text in texts])
+        torch.testing.assert_close(g.predict(classifier, texts, CPU), alone, atol=1e-5, rtol=1e-4)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil-was-here",)
+
+
+def test_a_hostile_or_wrong_classifier_runs_no_code(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = torch.load(trained[0] / "w" / "spam_classifier.pth", weights_only=True)
+    nan = {**good["model"], "final_norm.scale": torch.full((16,), math.nan)}
+    for content in (Evil(), {**good, "about": Evil()}, {**good, "config": {**good["config"], "n_layers": 10 ** 9}}, {**good, "model": nan},
+                    {**good, "config": {**good["config"], "emb_dim": 10 ** 9}}, {**good, "max_length": 10 ** 6}, {**good, "labels": ["a"]}, [1]):
+        torch.save(content, "bad.pth")
+        with pytest.raises(ValueError, match="bad.pth is not a classifier"):
+            g.load_classifier(Path("bad.pth"))
+    assert os.listdir() == ["bad.pth"]
+
+
+def test_a_bare_state_dict_of_the_chapter(trained, tmp_path, capsys):
+    classifier = g.load_classifier(trained[0] / "w" / "spam_classifier.pth")
+    model = classifier.model
+    model.cfg = replace(model.cfg, n_heads=1)  # guessed: 64 dimensions a head, at least one head
+    for block in model.trf_blocks:
+        block.att.num_heads = 1
+    torch.save({**model.state_dict(), "trf_blocks.0.att.mask": torch.ones(3, 3)}, tmp_path / "review_classifier.pth")
+    again = g.load_classifier(tmp_path / "review_classifier.pth", trained[0] / "w")
+    assert again.labels == ["ham", "spam"] and again.max_length == 120 and "max_length 120" in capsys.readouterr().err
+    classifier.max_length = 120
+    assert torch.equal(g.predict(again, ["a", "bb"], CPU), g.predict(classifier, ["a", "bb"], CPU))
+
+
 # ---- Download ----
 
 class Files(http.server.BaseHTTPRequestHandler):
