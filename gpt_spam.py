@@ -33,7 +33,9 @@ import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import count, islice
 from pathlib import Path
@@ -74,6 +76,11 @@ class GPTConfig:
     qkv_bias: bool = True       # OpenAI's checkpoints have one
     causal: bool = True         # a token sees itself and what stands before it
 
+    def __post_init__(self):
+        numbers = [self.vocab_size, self.context_length, self.emb_dim, self.n_heads, self.n_layers]
+        if not all(type(n) is int and 0 < n < 1 << 20 for n in numbers) or self.emb_dim % self.n_heads:
+            raise ValueError(f"no model has this shape (emb_dim must be a multiple of n_heads): {self}")
+
 
 def setting(default, help, choices=()):
     """A field of FinetuneConfig; the command line takes flag, type, default and help from it."""
@@ -88,7 +95,7 @@ class FinetuneConfig:
     trainable_layers: str = setting("last_block", "what is trained besides the new head",
                                     ("last_layer", "last_block", "last_two_blocks", "all", "lora"))
     lora_rank: int = setting(8, "columns of LoRA's A")
-    lora_alpha: float = setting(8, "what LoRA's output is multiplied by")
+    lora_alpha: float = setting(8.0, "what LoRA's output is multiplied by")
     weights: str = setting("pretrained", "where the weights start", ("pretrained", "random"))
     # what the model is asked
     token_pos: str = setting("last", "the position that the label is read from: last_real is the last before the padding",
@@ -141,23 +148,17 @@ def world_size():
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def broadcast(tensor, source, device):
-    """Give every process the tensor that process `source` has."""
-    tensor = tensor.to(device)
-    torch.distributed.broadcast(tensor, source)
-    return tensor.cpu()
-
-
 @contextlib.contextmanager
-def processes():
+def processes(device_name):
     """Join the processes that torchrun started, if it did; all but the first keep quiet on standard output."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         yield
         return
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and device_name.startswith(("auto", "cuda"))
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    # The others wait while the first downloads, so the usual limit of minutes is too short.
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     try:
         with contextlib.ExitStack() as stack:
             if rank():
@@ -183,25 +184,24 @@ def progress(total, text, unit="B"):
         from tqdm import tqdm
     except ImportError:
         return contextlib.nullcontext(argparse.Namespace(update=lambda n: None))
-    return tqdm(total=total, desc=text, unit=unit, unit_scale=True, leave=False, disable=None)
+    return tqdm(total=total, desc=text, unit=unit, unit_scale=True, leave=False, disable=True if rank() else None)
 
 
 @contextlib.contextmanager
-def locked(folder):
+def locked(path):
     """Let one process at a time into the block; the system frees the lock however the process ends.
 
-    It is the folder itself that is locked, so no lock file stays behind.
+    `path` is a file made for it, which the block may rename or remove: then who waited makes a new one.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with contextlib.suppress(FileNotFoundError), open(path, "ab") as file:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                yield
+                return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -209,19 +209,30 @@ def atomic_write(path):
     """Give a temporary name next to `path`; rename it to `path` if the block ends well.
 
     A reader sees the old file or the whole new one, never half of it. What a killed process left
-    has the same temporary name, so the next write replaces it.
+    has the same temporary name, so the next write replaces it. Devices and pipes are written as they are.
     """
-    if rank():  # one writer: what the other processes write goes nowhere
-        yield Path(os.devnull)
+    path = Path(path).resolve()
+    if rank() or path.exists() and not path.is_file():  # one writer: what the other processes write goes nowhere
+        yield Path(os.devnull) if rank() else path
         return
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    with locked(path.parent):
+    with locked(temporary):
         try:
             yield temporary
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Turn whatever goes wrong while reading a file from elsewhere into a ValueError of one line."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not {what}: {(str(error) or type(error).__name__).splitlines()[0][:300]}") from None
 
 
 def file_sha256(path):
@@ -259,7 +270,7 @@ def fetch_part(url, path):
         if have == total > 0:
             return part
         if (free := shutil.disk_usage(path.parent).free) < total - have:
-            raise ValueError(f"{path.name} needs {total - have:,} bytes, {path.parent} has {free:,} free")
+            raise OSError(errno.ENOSPC, f"{path.name} needs {total - have:,} bytes, {path.parent} has {free:,} free")
         with contextlib.ExitStack() as stack:
             if have:
                 answer = stack.enter_context(ask(headers={**headers, "Range": f"bytes={have}-"}))
@@ -271,7 +282,7 @@ def fetch_part(url, path):
             bar.update(have)
             for chunk in answer.iter_content(1 << 20):
                 if not file.tell() and chunk[:512].lstrip()[:5].lower() in (b"<!doc", b"<html"):
-                    raise ValueError(f"{url} answered with a web page (a network's log-in page?), not {path.name}")
+                    raise OSError("a web page came instead of the file: a network's log-in page?")
                 file.write(chunk)
                 bar.update(len(chunk))
     if total and (size := part.stat().st_size) != total:
@@ -281,11 +292,11 @@ def fetch_part(url, path):
     return part
 
 
-def download(urls, path, sha256=None):
+def download(urls, path, check=None):
     """Fetch `path` from the first of `urls` that delivers it whole, trying each a few times.
 
-    Raises OSError that names every address and what it answered; `path` is only ever the right
-    file (announced length and, where given, SHA-256) or not there.
+    What comes has the announced length, and `check(part file)`, which may raise OSError, has looked at it.
+    Raises OSError that names every address and what it answered.
     """
     failures = []
     for url in urls:
@@ -293,22 +304,48 @@ def download(urls, path, sha256=None):
             time.sleep(pause)
             try:
                 part = fetch_part(url, path)
-                if sha256 and (found := file_sha256(part)) != sha256:
-                    part.unlink()
-                    raise OSError(f"SHA-256 is {found[:12]}..., expected {sha256[:12]}... (--no-verify to accept)")
+                if check:
+                    try:
+                        check(part)
+                    except OSError:
+                        part.unlink()
+                        raise
                 os.replace(part, path)
                 for leftover in path.parent.glob(f"{path.name}.*.part"):
                     leftover.unlink()
                 return
             except OSError as error:  # requests' errors are OSErrors, too
+                if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC):
+                    raise  # this machine's trouble, not the address's
                 reason = getattr(error.args[0] if error.args else error, "reason", error)  # urllib3's, if there is one
                 failures.append(f"{url} ({type(reason).__name__ if reason is not error else error})")
-                if isinstance(error, requests.ConnectionError) and not pause or (
-                    isinstance(error, requests.HTTPError) and error.response.status_code < 500
-                ):
+                begun = any(path.parent.glob(f"{path.name}.*.part"))
+                if isinstance(error, requests.ConnectionError) and not begun or (
+                        isinstance(error, requests.HTTPError) and error.response.status_code < 500):
                     break  # nobody there, or a plain no: waiting will not help
     tried = ", ".join(dict.fromkeys(failures))
     raise OSError(f"cannot download {path.name}; tried {tried}; fetch it by hand and save it as {path}")
+
+
+def check_sha256(path, expected):
+    """Raise OSError unless the file has this SHA-256."""
+    if (found := file_sha256(path)) != expected:
+        raise OSError(f"SHA-256 is {found[:12]}..., expected {expected[:12]}... (--no-verify to accept)")
+
+
+def unzip_spam_data(archive, path, verify=True):
+    """Write the archive's member SMSSpamCollection to `path`; raises OSError if it is not the right one."""
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            if zipped.getinfo("SMSSpamCollection").file_size > 10_000_000:
+                raise OSError("SMSSpamCollection unpacks to more than 10 MB; it has 477,907 bytes")
+            content = zipped.read("SMSSpamCollection")  # this member only, whatever else is in there
+    except (zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError, RuntimeError) as error:
+        raise OSError(f"not the archive of the SMS Spam Collection: {error}") from None
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+        if verify:
+            check_sha256(temporary, DATA_SHA256)
 
 
 def download_and_unzip_spam_data(urls, data_file_path, verify=True):
@@ -317,24 +354,13 @@ def download_and_unzip_spam_data(urls, data_file_path, verify=True):
     Source: Almeida, Gomez Hidalgo and Yamakami 2011; UCI Machine Learning Repository, id 228.
     """
     folder = data_file_path.parent / "download"
-    with locked(folder):
+    with locked(folder / ".lock"):
         if not data_file_path.exists():
             archive = folder / "sms_spam_collection.zip"
-            if not archive.exists():
-                download(urls, archive)
-            try:
-                with zipfile.ZipFile(archive) as zipped:
-                    if zipped.getinfo("SMSSpamCollection").file_size > 10_000_000:
-                        raise ValueError("SMSSpamCollection unpacks to more than 10 MB; it has 477,907 bytes")
-                    content = zipped.read("SMSSpamCollection")  # this member only, whatever else is in there
-            except (zipfile.BadZipFile, KeyError) as error:
-                raise ValueError(f"not the archive of the SMS Spam Collection: {error}") from None
-            finally:
-                archive.unlink()
-            if verify and (found := hashlib.sha256(content).hexdigest()) != DATA_SHA256:
-                raise ValueError(f"SMSSpamCollection has SHA-256 {found[:12]}..., expected {DATA_SHA256[:12]}...")
-            with atomic_write(data_file_path) as temporary:
-                temporary.write_bytes(content)
+            if archive.exists():  # fetched by hand
+                unzip_spam_data(archive, data_file_path, verify)
+            else:
+                download(urls, archive, lambda part: unzip_spam_data(part, data_file_path, verify))
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -351,29 +377,41 @@ def read_messages(path, text_column=None, label_column=None):
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file first") from None
     wanted = [(label_column or "label").lower(), (text_column or "text").lower()]
-    start = text.split("\n", 1)[0].lower()
-    try:
+    start = text.split("\n", 1)[0].lower().strip()
+    separator = "\t" if "\t" in start else ","
+    with reading(path, "a table of labelled texts"):
         if start.startswith("{"):
-            df = pd.DataFrame([json.loads(line) for line in text.split("\n") if line.strip()])
-        elif label_column or text_column or all(name in start for name in wanted):
-            df = pd.read_csv(io.StringIO(text), sep="\t" if "\t" in start else ",", keep_default_na=False, dtype=str)
+            df = pd.DataFrame([read_json_row(line, i) for i, line in enumerate(text.split("\n"), 1) if line.strip()])
+        elif label_column or text_column or set(wanted) <= set(start.replace('"', "").split(separator)):
+            df = pd.read_csv(io.StringIO(text), sep=separator, keep_default_na=False, dtype=str)
         else:
             # The chapter keeps pandas' default quoting, which glues messages with a stray quote together:
             # 5,572 rows (4,825 ham, 747 spam) where UCI lists 5,574. Other quoting would give another split.
             df = pd.read_csv(io.StringIO(text), sep="\t", header=None, names=wanted, keep_default_na=False)
-            for i in df.index[~df[wanted[0]].isin(["ham", "spam"])]:
+            for i in df.index[~df[wanted[0]].isin(["ham", "spam"])][:1]:
                 raise ValueError(f"message {i + 1} is labelled {str(df[wanted[0]][i])[:40]!r}, not 'ham' or 'spam'; without a "
                                  "header of label and text each line must be one of them, a tab and the text")
-    except (ValueError, pd.errors.ParserError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        if not isinstance(df.index, pd.RangeIndex):
+            raise ValueError("its rows have more fields than its header has columns: quote the texts")
     columns = {str(name).lower(): name for name in df.columns}
     if not all(name in columns for name in wanted):
         raise ValueError(f"{path} has the columns {', '.join(map(str, df.columns))}, not {' and '.join(wanted)}: "
                          "give --label-column and --text-column")
     df = df[[columns[name] for name in wanted]].set_axis(["Label", "Text"], axis=1)
-    for i in df.index[df.isna().any(axis=1) | (df["Label"].astype(str).str.strip() == "")]:
+    for i in df.index[df.isna().any(axis=1) | (df["Label"].astype(str).str.strip() == "")][:1]:
         raise ValueError(f"{path}, message {i + 1} has no label or no text")
     return df.astype(str)
+
+
+def read_json_row(line, number):
+    """Return the object on a line of JSON lines as a dict; raises ValueError that names the line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"line {number}: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is {line[:40]!r}, not an object with named values")
+    return row
 
 
 def create_balanced_dataset(df):
@@ -391,8 +429,14 @@ def random_split(df, train_frac, validation_frac):
     """Shuffle (always the same way) and cut into training, validation and test frames."""
     df = df.sample(frac=1, random_state=123).reset_index(drop=True)
     train_end = int(len(df) * train_frac)
-    validation_end = train_end + int(len(df) * validation_frac)
+    validation_end = train_end + max(1, int(len(df) * validation_frac))
     return df[:train_end], df[train_end:validation_end], df[validation_end:]
+
+
+def balance_of(settings, labels):
+    """What "auto" means: the chapter's undersampling for ham and spam, weights in the loss for other labels."""
+    auto = "undersample" if labels == ["ham", "spam"] else "weights"
+    return auto if settings.balance == "auto" else settings.balance
 
 
 def prepare_splits(df, settings=FinetuneConfig(), test=None, shuffle_first=False):
@@ -402,21 +446,19 @@ def prepare_splits(df, settings=FinetuneConfig(), test=None, shuffle_first=False
     `shuffle_first`: the book's experiments script shuffles once more before the split. Classes with
     fewer than 50 messages are split one by one, so that each part has some of each.
     """
-    labels = sorted(df["Label"].unique())
-    balance = settings.balance
-    if balance == "auto":
-        balance = "undersample" if labels == ["ham", "spam"] else "weights"
+    labels, counts = sorted(df["Label"].unique()), df["Label"].value_counts()
+    if len(counts) < 2 or counts.min() < 5:
+        raise ValueError(f"{len(df)} messages by label: {counts[-5:].to_dict()}; at least two labels with 5 messages each are needed")
+    if test is not None and (unknown := set(test["Label"]) - set(labels)):
+        raise ValueError(f"labels {sorted(unknown)[:5]} of the test file are not in the training file, which has {labels[:5]}")
     if settings.dedupe:
         df = df.drop_duplicates("Text")
-    if balance == "undersample":
+        df = df if test is None else df[~df["Text"].isin(test["Text"])]
+    if balance_of(settings, labels) == "undersample":
         df = create_balanced_dataset(df)
     if shuffle_first:
         df = df.sample(frac=1, random_state=123).reset_index(drop=True)
     counts = df["Label"].value_counts()
-    if len(counts) < 2 or counts.min() < 5:
-        raise ValueError(f"messages by label: {counts.to_dict() or 'none'}: at least two labels with 5 messages each are needed")
-    if test is not None and (unknown := set(test["Label"]) - set(labels)):
-        raise ValueError(f"labels {sorted(unknown)} of the test file are not in the training file, which has {labels}")
     cut = (0.875, 0.125) if test is not None else (0.7, 0.1)  # training to validation as in the chapter, 7 to 1
     if counts.min() < 50:
         parts = [random_split(df[df["Label"] == label], *cut) for label in labels]
@@ -437,6 +479,7 @@ GPT2_SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 END_OF_TEXT = "<|endoftext|>"
 
 
+@lru_cache(2)
 def build_tokenizer(encoder_json, vocab_bpe):
     """Return a tiktoken.Encoding from the text of OpenAI's two tokenizer files.
 
@@ -481,7 +524,7 @@ class SpamDataset(Dataset):
         for row, ids in enumerate(encoded):
             real = len(ids)
             if not real and (token_pos == "last_real" or padding != "all"):
-                raise ValueError(f"message {row + 1} has no tokens, so there is no last real one to read the label from")
+                raise ValueError(f"message {row + 1} has no tokens, so there is none to read the label from")
             if padding == "all":
                 ids = ids + [pad_token_id] * (self.max_length - real)
             at = range(len(ids)) if pooling == "mean" else [{"first": 0, "last": len(ids) - 1, "last_real": real - 1}[token_pos]]
@@ -523,10 +566,10 @@ def create_datasets(frames, tokenizer, settings, context_length):
     """
     options = {"pad_token_id": tokenizer.eot_token, "token_pos": settings.token_pos, "pooling": settings.pooling,
                "padding": padding_mode(settings)}
-    max_length = {"longest": None, "model": context_length}.get(settings.context_length, settings.context_length)
-    if max_length is not None and not 0 < int(max_length) <= context_length:
-        raise ValueError(f"--context-length {max_length}: the model holds 1 to {context_length} tokens")
-    first = SpamDataset(frames[0], tokenizer, max_length and int(max_length), **options)
+    asked = {"longest": "", "model": str(context_length)}.get(settings.context_length, settings.context_length)
+    if asked and not (asked.isdecimal() and 0 < int(asked) <= context_length):
+        raise ValueError(f"--context-length {asked}: give longest, model, or 1 to {context_length}, what the model holds")
+    first = SpamDataset(frames[0], tokenizer, int(asked) if asked else None, **options)
     if first.max_length > context_length:
         raise ValueError(f"the longest training message has {first.max_length} tokens, the model holds {context_length}: "
                          f"cut them with --context-length {context_length}")
@@ -567,8 +610,6 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False, causal=True):
         super().__init__()
-        if d_out % num_heads:
-            raise ValueError(f"emb_dim {d_out} is not a multiple of n_heads {num_heads}")
         self.num_heads, self.dropout, self.causal = num_heads, dropout, causal
         self.W_query = nn.Linear(d_in, d_out, bias=qkv_bias)
         self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias)
@@ -689,71 +730,55 @@ class GPTModel(nn.Module):
 MODELS_URL = "https://openaipublic.blob.core.windows.net/gpt-2/models"
 MODELS_BACKUP_URL = "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2"
 SIZES = ("124M", "355M", "774M", "1558M")
+SMALL = 1 << 24  # bytes; no file but the tensors themselves has as many
+TEXTS = ("hparams.json", "encoder.json", "vocab.bpe")
 DATA_FILE, INDEX_FILE = "model.ckpt.data-00000-of-00001", "model.ckpt.index"
 FILES_124M = {  # SHA-256; for the other sizes the checkpoint's own checksums are the judge
     "checkpoint": "dd1b025d2e155283f5e300ce95bf6d5b6bc0f7fe010db73daa6975eb896ab9cb",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "hparams.json": "d9d56e4121c427164e0c55c6f03c08e1daf9002b9b672825112d19097b680318",
-    DATA_FILE: "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
     INDEX_FILE: "71916f763f9746f9b2a06b12d91996cf1084ae008d0424543d39391c5f2dc687",
     "model.ckpt.meta": "4668c448fa11531fd6700460487f73e82d3272960cea942252f8744bf225c77b",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    DATA_FILE: "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",  # the large one last
 }
 
 
-def crc_steps(crc, bits):
-    """Push `bits` zero bits through each of an array of CRC-32C registers (polynomial of RFC 3720)."""
-    for _ in range(bits):
-        crc = (crc >> np.uint32(1)) ^ np.where(crc & np.uint32(1), np.uint32(0x82F63B78), np.uint32(0))
-    return crc
-
-
-@lru_cache(maxsize=None)
+@lru_cache(1)
 def crc_table():
-    """What 16 steps do to each 16-bit value: CRC-32C two bytes at a time."""
-    return crc_steps(np.arange(65536, dtype=np.uint32), 16)
+    """What 16 zero bits do to each 16-bit value in a CRC-32C register (polynomial: RFC 3720)."""
+    table = np.arange(65536, dtype=np.uint32)
+    for _ in range(16):
+        table = (table >> np.uint32(1)) ^ np.where(table & np.uint32(1), np.uint32(0x82F63B78), np.uint32(0))
+    return table
 
 
-def crc_shift(crc, count):
-    """Push `count` zero bytes through an array of registers, in log(count) steps.
+def crc32c(data):
+    """The CRC-32C of at least 4 bytes, by NumPy (RFC 3720, appendix B.4): 0.3 s for 154 MB.
 
-    Steps are linear over GF(2), so any number of them is 32 columns, and twice as many its square.
+    The bytes are cut into lanes whose registers advance side by side, two bytes a step; then neighbours are
+    joined, the left one moved on by the length of the right one. To move on is linear over GF(2): 32 more lanes,
+    one bit each and only zeros to read, tell what it does to each bit.
     """
-    def apply(columns, crc):
-        out = np.zeros_like(crc)
-        for bit in range(32):
-            out ^= np.where(crc >> np.uint32(bit) & np.uint32(1), columns[bit], np.uint32(0))
-        return out
+    def move_on(columns, registers):
+        bits = (np.where(registers >> np.uint32(bit) & np.uint32(1), columns[bit], np.uint32(0)) for bit in range(32))
+        return np.bitwise_xor.reduce(list(bits))
 
-    columns = crc_steps(np.uint32(1) << np.arange(32, dtype=np.uint32), 8)
-    while count:
-        if count & 1:
-            crc = apply(columns, crc)
-        columns, count = apply(columns, columns), count >> 1
-    return crc
-
-
-def crc32c(data, chunk=1 << 25):
-    """The CRC-32C of bytes, by NumPy (RFC 3720, appendix B.4).
-
-    A chunk is cut into lanes whose registers advance side by side; then neighbours are joined, the
-    left one shifted by the length of the right one.
-    """
-    data = np.frombuffer(data, np.uint8)
-    table, crc = crc_table(), np.full(1, 0xFFFFFFFF, np.uint32)
-    for start in range(0, len(data), chunk):
-        piece = data[start:start + chunk]
-        lanes = 16384 if len(piece) > 1 << 20 else 16
-        length = -(-len(piece) // (2 * lanes)) * 2  # bytes a lane
-        padded = np.zeros(lanes * length, np.uint8)
-        padded[len(padded) - len(piece):] = piece   # zeros in front do not move an empty register
-        registers = np.zeros(lanes, np.uint32)
-        for column in np.ascontiguousarray(padded.view("<u2").reshape(lanes, -1).T):
-            registers = table[registers.astype(np.uint16) ^ column] ^ (registers >> np.uint32(16))
-        while len(registers) > 1:
-            registers, length = crc_shift(registers[::2], length) ^ registers[1::2], 2 * length
-        crc = crc_shift(crc, len(piece)) ^ registers
-    return int(crc[0]) ^ 0xFFFFFFFF
+    data, table = np.frombuffer(data, np.uint8), crc_table()
+    lanes = 16384 if len(data) > 1 << 20 else 16
+    length = -(-len(data) // (2 * lanes)) * 2         # bytes a lane
+    padded = np.zeros((lanes + 32) * length, np.uint8)
+    start = lanes * length - len(data)                # zeros in front do not move an empty register
+    padded[start:lanes * length] = data
+    padded[start:start + 4] ^= 0xFF                   # as if the register had been full at the start
+    registers = np.zeros(lanes + 32, np.uint32)
+    registers[lanes:] = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    for column in np.ascontiguousarray(padded.view("<u2").reshape(lanes + 32, -1).T):
+        registers = table[registers.astype(np.uint16) ^ column] ^ (registers >> np.uint32(16))
+    registers, columns = registers[:lanes], registers[lanes:]
+    while len(registers) > 1:
+        registers, columns = move_on(columns, registers[::2]) ^ registers[1::2], move_on(columns, columns)
+    return int(registers[0]) ^ 0xFFFFFFFF
 
 
 def check_crc(data, masked, what):
@@ -807,7 +832,7 @@ def read_block(data, offset, size):
         shared, at = read_varint(block, at)
         fresh, at = read_varint(block, at)
         length, at = read_varint(block, at)
-        if shared > len(key) or at + fresh + length > end:
+        if shared > len(key) or at + fresh + length > end or shared + fresh > 200:  # GPT-2's longest name has 25 bytes
             raise ValueError("not a checkpoint index: an entry ends behind its block")
         key = key[:shared] + block[at:at + fresh]
         yield key, block[at + fresh:at + fresh + length]
@@ -872,8 +897,6 @@ def config_from_hparams(hparams):
         numbers = {ours: hparams[theirs] for theirs, ours in names.items()}
     except (KeyError, TypeError):
         raise ValueError(f"not GPT-2's hparams.json: {', '.join(names)} are needed") from None
-    if not all(type(n) is int and 0 < n < 1 << 20 for n in numbers.values()):
-        raise ValueError(f"not GPT-2's hparams.json: {numbers}")
     return GPTConfig(**numbers)
 
 
@@ -911,14 +934,15 @@ def convert_checkpoint(folder, path, about):
     for name in FILES_124M:
         if not (folder / name).is_file() and name not in ("checkpoint", "model.ckpt.meta"):  # these two are not read
             raise ValueError(f"{folder} is not a checkpoint in OpenAI's layout: it has no {name}")
-    try:
-        cfg = config_from_hparams(json.loads((folder / "hparams.json").read_text("utf-8")))
-        texts = {name: (folder / name).read_bytes() for name in ("hparams.json", "encoder.json", "vocab.bpe")}
+    with reading(folder, "a checkpoint in OpenAI's layout"):
+        for name in (*TEXTS, INDEX_FILE):
+            if (size := (folder / name).stat().st_size) > SMALL:
+                raise ValueError(f"{name} has {size:,} bytes; OpenAI's largest has some 1,000,000")
+        texts = {name: (folder / name).read_bytes() for name in TEXTS}
+        cfg = config_from_hparams(json.loads(texts["hparams.json"]))
         check_vocabulary(build_tokenizer(texts["encoder.json"].decode(), texts["vocab.bpe"].decode()), cfg)
-        if (size := (folder / INDEX_FILE).stat().st_size) > 1 << 24:
-            raise ValueError(f"{INDEX_FILE} has {size:,} bytes; OpenAI's largest has some 20,000")
         entries, arrays = read_index((folder / INDEX_FILE).read_bytes()), {}
-        with open(folder / DATA_FILE, "rb") as file, progress(len(entries), "converting", "tensors") as bar:
+        with open(folder / DATA_FILE, "rb") as file, progress(len(entries), "converting", " tensors") as bar:
             for name, shape, ours, transposed in checkpoint_tensors(cfg):
                 if name not in entries:
                     raise ValueError(f"no tensor {name} in {INDEX_FILE}; hparams.json asks for {cfg.n_layers} layers")
@@ -926,20 +950,17 @@ def convert_checkpoint(folder, path, about):
                 for our, part in zip(ours, np.split(array, len(ours), axis=-1)):
                     arrays[our] = np.ascontiguousarray(part[0].T if transposed else part)
                 bar.update(1)
-            used = sum(array.nbytes for array in arrays.values())
-            if entries or used != os.fstat(file.fileno()).st_size:
-                raise ValueError(f"the checkpoint holds more than a GPT-2: {len(entries)} tensors unused, "
-                                 f"{os.fstat(file.fileno()).st_size:,} bytes where {used:,} are known")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}: {error}") from None
+            used, size = sum(array.nbytes for array in arrays.values()), os.fstat(file.fileno()).st_size
+            if entries or used != size:
+                raise ValueError(f"it holds more than a GPT-2: {len(entries)} tensors unused, {size:,} bytes where {used:,} are known")
     save_pretrained(path, arrays, texts, about)
 
 
-def save_pretrained(path, arrays, texts, about):
+def save_pretrained(path, arrays, texts, about, savez=np.savez):
     """Write tensors {our name: array}, tokenizer files and hparams {name: bytes} as one .npz."""
     texts = {**texts, "about.json": json.dumps(about).encode()}
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays, **{name: np.frombuffer(text, np.uint8) for name, text in texts.items()})
+        savez(file, **arrays, **{name: np.frombuffer(text, np.uint8) for name, text in texts.items()})
 
 
 def check_vocabulary(tokenizer, cfg):
@@ -948,13 +969,18 @@ def check_vocabulary(tokenizer, cfg):
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab:,} ids, the model {cfg.vocab_size:,}")
 
 
-def load_about(path):
-    """What a converted model says of itself: name, verified, finetune (its own settings), note."""
-    try:
-        with np.load(path, allow_pickle=False) as npz:
-            return json.loads(npz["about.json"].tobytes())
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a model converted by this file: {error}") from None
+def load_texts(path):
+    """Return (texts, about) of a converted model: {file name: its text}, and what it says of itself, a dict.
+
+    about: name, verified; of models that bring them also note and finetune, their own finetuning settings.
+    """
+    with reading(path, "a model converted by this file"), np.load(path, allow_pickle=False) as npz:
+        for name in (*TEXTS, "about.json"):
+            if npz.zip.getinfo(f"{name}.npy").file_size > SMALL:
+                raise ValueError(f"{name} is larger than {SMALL:,} bytes")
+        texts = {name: npz[name].tobytes().decode() for name in (*TEXTS, "about.json")}
+        about = json.loads(texts.pop("about.json"))
+        return texts, {**about, "name": str(about.get("name", "unnamed")), "finetune": dict(about.get("finetune", {}))}
 
 
 class SkipInit(TorchFunctionMode):
@@ -976,28 +1002,23 @@ def load_pretrained(path, causal=True, random_seed=None):
     is taken, and the weights are PyTorch's random ones. texts: the tokenizer's two files, as strings.
     Raises ValueError if the file is not one, or does not fit its own hparams.
     """
-    try:
-        with np.load(path, allow_pickle=False) as npz:
-            texts = {name: npz[name].tobytes().decode() for name in ("hparams.json", "encoder.json", "vocab.bpe")}
-            cfg = replace(config_from_hparams(json.loads(texts.pop("hparams.json"))), causal=causal)
-            if f"trf_blocks.{cfg.n_layers - 1}.norm1.scale" not in npz:
-                raise ValueError(f"hparams.json asks for {cfg.n_layers} layers, the tensors are fewer")
-            params = {}
-            for _, shape, names, transposed in checkpoint_tensors(cfg):
-                *_, width = shape
-                shape = (width // len(names), shape[1]) if transposed else (*shape[:-1], width // len(names))
-                for name in names:
-                    if npz.zip.getinfo(f"{name}.npy").file_size > 4 * math.prod(shape) + 1024:
-                        raise ValueError(f"{name} is larger than {list(shape)}")
-                    array = npz[name]
-                    if array.shape != shape or array.dtype not in (np.float32, np.float16):
-                        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, expected float {list(shape)}")
-                    params[name] = torch.from_numpy(array).float()  # float32 is not copied
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, EOFError, MemoryError, AttributeError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} is not a model converted by this file: {error}") from None
-    check_vocabulary(build_tokenizer(**{n.replace(".", "_"): t for n, t in texts.items()}), cfg)
+    texts, _ = load_texts(path)
+    with reading(path, "a model converted by this file"), np.load(path, allow_pickle=False) as npz:
+        cfg = replace(config_from_hparams(json.loads(texts.pop("hparams.json"))), causal=causal)
+        check_vocabulary(build_tokenizer(*texts.values()), cfg)
+        if f"trf_blocks.{cfg.n_layers - 1}.norm1.scale" not in npz:
+            raise ValueError(f"hparams.json asks for {cfg.n_layers} layers, the tensors are fewer")
+        params = {}
+        for _, shape, names, transposed in checkpoint_tensors(cfg):
+            *_, width = shape
+            shape = (width // len(names), shape[1]) if transposed else (*shape[:-1], width // len(names))
+            for name in names:
+                if npz.zip.getinfo(f"{name}.npy").file_size > 4 * math.prod(shape) + 1024:
+                    raise ValueError(f"{name} is larger than {list(shape)}")
+                array = npz[name]
+                if array.shape != shape or array.dtype not in (np.float32, np.float16):
+                    raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, expected float {list(shape)}")
+                params[name] = torch.from_numpy(array).float()  # float32 is not copied
     if random_seed is not None:
         torch.manual_seed(random_seed)
         return GPTModel(cfg).eval(), texts
@@ -1048,7 +1069,7 @@ def find_model(name, weights_dir, url=None, verify=True, keep=False):
     weights_dir = Path(weights_dir)
     if name == "auto":
         here = [size for size in SIZES if (weights_dir / f"gpt2-{size}.npz").exists()]
-        begun = any((weights_dir / "124M").glob("*"))  # a broken download goes on or fails, but is not given up silently
+        begun = any((weights_dir / "124M.download").glob("[!.]*"))  # a broken download goes on or fails, but is not given up silently
         bundled = next((f for f in (weights_dir / "tiny.npz", HERE / "weights" / "tiny.npz") if f.exists()), None)
         if not here and not begun and bundled and not reachable(model_urls("124M", "hparams.json", url)):
             return bundled
@@ -1058,30 +1079,39 @@ def find_model(name, weights_dir, url=None, verify=True, keep=False):
             raise FileNotFoundError(f"no file {name}")
         return Path(name)
     if name in SIZES:
-        path, folder = weights_dir / f"gpt2-{name}.npz", weights_dir / name
-        if path.exists():
+        path, folder = weights_dir / f"gpt2-{name}.npz", weights_dir / f"{name}.download"
+        if path.exists() and not folder.exists():
             return path
-        with locked(folder):
+        with locked(folder / ".lock"):
             if not path.exists():  # another process may have made it while this one waited
                 checked = FILES_124M if name == "124M" and verify else {}
                 print(f"downloading {name}, " + ("each file checked by its SHA-256" if checked else "SHA-256 not checked (--no-verify)"
                       if not verify else "whose SHA-256s are not known here: the checkpoint's own checksums are the judge"))
                 for file in FILES_124M:
-                    if not (folder / file).exists():
-                        download(model_urls(name, file, url), folder / file, checked.get(file))
+                    check = partial(check_sha256, expected=checked[file]) if checked else None
+                    if (folder / file).exists() and check:
+                        check(folder / file)
+                    elif not (folder / file).exists():
+                        download(model_urls(name, file, url), folder / file, check)
                 try:
                     convert_checkpoint(folder, path, {"name": name, "verified": bool(checked)})
                 except ValueError as error:
                     shutil.rmtree(folder)
                     raise ValueError(f"{error}; the download was removed, run again for a fresh one") from None
-            if not keep:
-                shutil.rmtree(folder, ignore_errors=True)
+            if keep and (folder / INDEX_FILE).exists():
+                shutil.rmtree(weights_dir / name, ignore_errors=True)
+                os.replace(folder, weights_dir / name)
+            shutil.rmtree(folder, ignore_errors=True)
         return path
     if not Path(name).is_dir():
         raise ValueError(f"unknown model {name!r}: give auto, {', '.join(SIZES)}, a folder in OpenAI's layout, or an .npz file")
     folder = Path(name).resolve()
-    index = (folder / INDEX_FILE).read_bytes() if (folder / INDEX_FILE).is_file() else b""
-    path = weights_dir / f"gpt2-{folder.name}-{hashlib.sha256(index).hexdigest()[:8]}.npz"  # the index has all checksums
+    digest = hashlib.sha256()  # what was converted once is known again by its small files and the data's size and time
+    for name in (*TEXTS, INDEX_FILE, DATA_FILE):
+        if (file := folder / name).is_file():
+            about = file.stat()
+            digest.update(file.read_bytes() if about.st_size < SMALL else repr((about.st_size, about.st_mtime_ns)).encode())
+    path = weights_dir / f"gpt2-{folder.name}-{digest.hexdigest()[:8]}.npz"
     if not path.exists():
         convert_checkpoint(folder, path, {"name": folder.name, "verified": False})
     return path
@@ -1216,6 +1246,9 @@ class Top(nn.Module):
 
 def free_memory():
     """Bytes of memory that can be had now, as Linux estimates it; elsewhere a quarter of all."""
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        return max(0, limit - used)  # a container's own limit
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -1245,13 +1278,15 @@ def cache_trunk(model, inputs, cut, device, dtype="float32"):
     kept = torch.float32 if dtype == "float32" else torch.bfloat16
     shape = (sum(lengths), model.cfg.emb_dim)
     size, free = math.prod(shape) * kept.itemsize, free_memory()
-    on_disk = size > free // 2
+    on_disk = size * world_size() > free // 2
     print(f"running {len(lengths):,} messages once through {cut} frozen blocks in {dtype}; their output takes "
           f"{size / 1e6:,.0f} MB {'on disk' if on_disk else 'of memory'} ({free / 1e6:,.0f} MB are free)")
     if on_disk:
-        file = tempfile.TemporaryFile()
-        if size > (left := shutil.disk_usage(tempfile.gettempdir()).free):
-            raise ValueError(f"the cache takes {size:,} bytes, {tempfile.gettempdir()} has {left:,} free: use --no-cache")
+        file = tempfile.TemporaryFile(dir="/var/tmp" if os.path.isdir("/var/tmp") else None)  # /tmp may be memory
+        if size > (left := shutil.disk_usage(file.fileno() if os.name == "posix" else tempfile.gettempdir()).free):
+            raise ValueError(f"the cache takes {size:,} bytes, the disk has {left:,} free: use --no-cache")
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
         store = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=size)).view(kept).view(shape)
     else:
         store = torch.empty(shape, dtype=kept)
@@ -1265,8 +1300,10 @@ def cache_trunk(model, inputs, cut, device, dtype="float32"):
                 hidden = trunk_output(model, padded, cut, dtype).to("cpu", kept)
             else:
                 hidden = torch.empty(len(batch), width, shape[1], dtype=kept)
-            if world_size() > 1:
-                hidden = broadcast(hidden, turn % world_size(), device)
+            if world_size() > 1:  # each batch is computed by one process and given to all
+                hidden = hidden.to(device)
+                torch.distributed.broadcast(hidden, turn % world_size())
+                hidden = hidden.cpu()
             for i, states in zip(batch, hidden):
                 views[i].copy_(states[:lengths[i]])
             bar.update(len(batch))
@@ -1304,9 +1341,11 @@ def evaluating(model):
     """No gradients, and eval() inside; then the mode that the model was in."""
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        yield
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def calc_loss_loader(data_loader, model, device, num_batches=None, loss_fn=F.cross_entropy):
@@ -1355,6 +1394,9 @@ def calc_metrics(labels, probabilities, names):
 
 
 # ---- 6.7 Finetuning ----
+
+SPLIT_NAMES = ("Training", "Validation", "Test")
+
 
 def evaluate_model(model, train_loader, val_loader, device, eval_iter, loss_fn=F.cross_entropy):
     """Return training and validation loss over `eval_iter` batches."""
@@ -1426,17 +1468,18 @@ def finetune(model, loaders, settings, device, class_weights=None, state_file=No
         optimizer, lambda step: learning_rate_factor(step, steps, settings.warmup, settings.decay))
     loss_fn = partial(F.cross_entropy, ignore_index=settings.ignore_index,
                       weight=None if class_weights is None else class_weights.to(device))
-    log, best = None, {"loss": math.inf, "epoch": 0, "weights": {}}
+    log, best = {}, {"loss": math.inf, "epoch": 0, "weights": {}}
     if state_file and state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        if state["fingerprint"] != fingerprint:
-            raise ValueError(f"{state_file} is of a run with other settings, model or data; remove it, or leave out --resume")
-        log, best = state["log"], state["best"]
-        for name, value in state["weights"].items():
-            trained[name].data.copy_(value)
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["random"].cpu())
+        with reading(state_file, "the state of an interrupted run with these settings (remove it, or leave out --resume)"):
+            state = torch.load(state_file, map_location=device, weights_only=True)
+            if state["fingerprint"] != fingerprint:
+                raise ValueError("other settings, model or data")
+            log, best = state["log"], state["best"]
+            for name, value in state["weights"].items():
+                trained[name].data.copy_(value)
+            optimizer.load_state_dict(state["optimizer"])
+            scheduler.load_state_dict(state["scheduler"])
+            torch.set_rng_state(state["random"].cpu())
         print(f"resuming after epoch {len(log['epochs'])}")
 
     def after_epoch(log):
@@ -1447,15 +1490,17 @@ def finetune(model, loaders, settings, device, class_weights=None, state_file=No
             if loss < best["loss"]:
                 best.update(loss=loss, epoch=len(log["epochs"]), weights={n: p.detach().clone() for n, p in trained.items()})
         if state_file:
-            with atomic_write(state_file) as temporary:
+            with atomic_write(state_file) as temporary, open(temporary, "wb") as file:
                 torch.save({"fingerprint": fingerprint, "log": log, "best": best, "weights": {n: p.detach() for n, p in trained.items()},
                             "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-                            "random": torch.get_rng_state()}, temporary)
+                            "random": torch.get_rng_state()}, file)
         return settings.early_stop and len(log["epochs"]) - best["epoch"] >= settings.early_stop
 
     if not (log and after_epoch(log)):
         log = train_classifier_simple(model, *loaders[:2], optimizer, device, settings.epochs, settings.eval_freq, settings.eval_iter,
                                       loss_fn, scheduler, settings.accumulation_steps, settings.clip, log, after_epoch)
+    if not all(p.isfinite().all() for p in trained.values()):
+        raise ValueError(f"the weights are no numbers after step {log['step']}: try a smaller --lr than {settings.lr}")
     if best["weights"]:
         print(f"keeping epoch {best['epoch']}, whose validation loss is {best['loss']:.3f}")
         for name, value in best["weights"].items():
@@ -1488,11 +1533,10 @@ def plot_values(epochs_seen, examples_seen, train_values, val_values, label, pat
         fig.savefig(temporary, format="png")
 
 
-def plot_history(result, folder):
-    """Write loss-plot.png and accuracy-plot.png of a `finetune` result."""
+def plot_history(result, an_epoch, folder):
+    """Write loss-plot.png and accuracy-plot.png of a `finetune` result; `an_epoch`: examples seen in one."""
     history, epochs = result["history"], result["epochs"]
     seen = [row["examples_seen"] for row in history]
-    an_epoch = next((row["examples_seen"] / (row["step"] + 1) for row in history), 1) * result["steps_an_epoch"]
     plot_values([n / an_epoch for n in seen], seen, [row["train_loss"] for row in history],
                 [row["val_loss"] for row in history], "loss", folder / "loss-plot.png")
     plot_values([row["epoch"] for row in epochs], [row["epoch"] * an_epoch for row in epochs],
@@ -1520,7 +1564,7 @@ class Classifier:
 def predict(classifier, texts, device):
     """Return the probability of each class, (messages, classes), for a list of texts, prepared as in training.
 
-    A text without tokens is taken as a space. Raises ValueError if a probability is no number.
+    An empty text, which has no token to read the label from, is taken as a space. Raises ValueError if a probability is no number.
     """
     settings, model = classifier.settings, classifier.model
     seen = settings.pooling == "mean" or not settings.causal_mask
@@ -1549,25 +1593,26 @@ def classify_review(text, classifier, device):
     return decide(classifier, predict(classifier, [text], device)[0])
 
 
-def read_texts(file, text_column=None):
+def read_texts(file, kind="lines", text_column=None):
     """Yield (row number, text, None) or (row number, None, what is wrong) for each row of a binary file, one at a time.
 
-    A file named .csv, .tsv or .jsonl is read by its column `text_column` (default: text, in any case), else
-    every line is a text.
+    kind: "lines", each a text, or "csv", "tsv" or "jsonl", whose column `text_column` (default: text, in any case) is.
     """
     lines = (line.decode("utf-8-sig" if i == 0 else "utf-8", "surrogateescape") for i, line in enumerate(file))
-    kind, wanted = Path(str(file.name)).suffix.lower(), (text_column or "text").lower()
+    wanted = (text_column or "text").lower()
 
     def pick(row):
         return {str(key).lower(): value for key, value in row.items()}[wanted]
 
-    if kind in (".csv", ".tsv"):
-        reader = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t")
-        if wanted not in [str(name).lower() for name in reader.fieldnames or []]:
-            raise ValueError(f"{file.name} has the columns {reader.fieldnames}, not {wanted}: give --text-column")
-        rows, parse = reader, pick
-    elif kind in (".jsonl", ".json", ".ndjson"):
-        rows, parse = lines, lambda line: pick(json.loads(line))
+    if kind in ("csv", "tsv"):
+        csv.field_size_limit(SMALL)
+        with reading(file.name, f"a {kind} file with a column {wanted!r} (--text-column)"):
+            rows = csv.DictReader(lines, delimiter="," if kind == "csv" else "\t")
+            if wanted not in [str(name).lower() for name in rows.fieldnames or []]:
+                raise ValueError(f"its columns are {rows.fieldnames}")
+        parse = pick
+    elif kind == "jsonl":
+        rows, parse = (line for line in lines if line.strip()), lambda line: pick(json.loads(line.encode("utf-8")))
     else:
         rows, parse = lines, lambda line: line.rstrip("\r\n")
     rows = iter(rows)
@@ -1576,12 +1621,13 @@ def read_texts(file, text_column=None):
             text = parse(next(rows))
             if not isinstance(text, str):
                 raise ValueError(f"its text is {text!r}")
-            text.encode("utf-8" if kind != ".jsonl" else "utf-16", "surrogatepass" if kind == ".jsonl" else "strict")
+            if kind != "jsonl":  # where a lone surrogate may be written as \ud800
+                text.encode("utf-8")
         except StopIteration:
             return
         except UnicodeEncodeError:
             yield number, None, "it is not UTF-8"
-        except (ValueError, KeyError, AttributeError, csv.Error) as error:
+        except (ValueError, KeyError, RecursionError, AttributeError, csv.Error) as error:
             yield number, None, f"{type(error).__name__}: {error}"
         else:
             yield number, text, None
@@ -1593,10 +1639,10 @@ def save_classifier(path, classifier):
         "format": "gpt_spam classifier 1", "config": asdict(classifier.model.cfg), "settings": asdict(classifier.settings),
         "labels": list(classifier.labels), "max_length": classifier.max_length,
         "pad_token_id": classifier.tokenizer.eot_token, "tokenizer": dict(classifier.texts), "about": classifier.about,
-        "model": classifier.model.state_dict(),
+        "model": {name: tensor.cpu() for name, tensor in classifier.model.state_dict().items()},
     }
-    with atomic_write(path) as temporary:
-        torch.save(content, temporary)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:  # torch.save by name hides a full disk's OSError
+        torch.save(content, file)
 
 
 def load_classifier(path, weights_dir=None):
@@ -1607,30 +1653,27 @@ def load_classifier(path, weights_dir=None):
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no classifier at {path}: make one with `python gpt_spam.py train`, or name it with --classifier")
-    try:
+    with reading(path, "a classifier saved by `train`"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything for a file of another kind
-        raise ValueError(f"{path} is not a classifier: {str(error).splitlines()[0]}") from None
-    try:
         if "tok_emb.weight" in content:
             content = describe_chapter_state(content, weights_dir)
-        cfg, state, labels = GPTConfig(**content["config"]), dict(content["model"]), content["labels"]
-        if sum(name.endswith("norm1.scale") for name in state) != cfg.n_layers or cfg.emb_dim != state["tok_emb.weight"].shape[1]:
+        cfg, state, labels = GPTConfig(**content["config"]), dict(content["model"]), list(content["labels"])
+        if sum(name.endswith("norm1.scale") for name in state) != cfg.n_layers or state["tok_emb.weight"].shape[1] != cfg.emb_dim:
             raise ValueError("its config does not fit its tensors")
+        if 4 * sum(tensor.numel() for tensor in state.values()) > Path(path).stat().st_size:
+            raise ValueError("its tensors are larger than the file")
         with SkipInit(), torch.device("meta"):  # no memory before the shapes are known to be right
             model = GPTModel(cfg)
             model.out_head = nn.Linear(cfg.emb_dim, len(labels))
         model.load_state_dict(state, assign=True)
         if not all(p.dtype == torch.float32 and p.sum().isfinite() for p in model.parameters()):
             raise ValueError("its weights are not finite float32 numbers")
-        classifier = Classifier(model.eval(), content["tokenizer"], labels, content["max_length"],
-                                FinetuneConfig(**content["settings"]), content["about"])
+        classifier = Classifier(model.eval(), dict(content["tokenizer"]), labels, content["max_length"],
+                                FinetuneConfig(**content["settings"]), dict(content["about"]))
         check_vocabulary(classifier.tokenizer, cfg)
-        if not 0 < classifier.max_length <= cfg.context_length:
+        if type(classifier.max_length) is not int or not 0 < classifier.max_length <= cfg.context_length:
             raise ValueError(f"its max_length is {classifier.max_length}, its context {cfg.context_length}")
         return classifier
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is not a classifier saved by `train`: {str(error).splitlines()[0]}") from None
 
 
 def describe_chapter_state(state, weights_dir):
@@ -1638,10 +1681,10 @@ def describe_chapter_state(state, weights_dir):
     vocab, emb = state["tok_emb.weight"].shape
     layers = sum(name.endswith("norm1.scale") for name in state)
     for file in sorted(Path(weights_dir or HERE / "weights").glob("*.npz")):
-        with np.load(file, allow_pickle=False) as npz:
-            texts = {name: npz[name].tobytes().decode() for name in ("encoder.json", "vocab.bpe")}
-        if len(json.loads(texts["encoder.json"])) == vocab:
-            break
+        with contextlib.suppress(ValueError):
+            texts, _ = load_texts(file)
+            if len(json.loads(texts["encoder.json"])) == vocab:
+                break
     else:
         raise ValueError(f"a bare state_dict brings no tokenizer, and no .npz in the weights folder has {vocab:,} tokens: "
                          "run `convert --model 124M` first")
@@ -1686,14 +1729,15 @@ def connect(model, datasets, settings, device, trunks=None):
     """
     cut = frozen_blocks(settings, model.cfg)
     if cut and settings.cache:
-        key = (cut, settings.dtype, settings.causal_mask, settings.weights, settings.context_length, padding_mode(settings) == "all")
+        lengths = tuple(len(ids) for dataset in datasets for ids in dataset.inputs)
+        key = (cut, settings.dtype, settings.causal_mask, settings.weights, lengths)
         trunks = {} if trunks is None else trunks
         if key not in trunks:
             trunks[key] = cache_trunk(model, [dataset.inputs for dataset in datasets], cut, device, settings.dtype)
         datasets = [dataset.with_inputs(inputs) for dataset, inputs in zip(datasets, trunks[key])]
     elif settings.cache:
-        print(f"no cache: with {settings.trainable_layers} no block stays as it is; " * (not cut)
-              + f"everything is computed in float32" * (settings.dtype != "float32"))
+        print(f"no cache: with {settings.trainable_layers} no block stays as it is" + (
+            "; everything is computed in float32" if settings.dtype != "float32" else ""))
     return Top(model, cut, settings.dtype, everywhere=not settings.cache), create_loaders(datasets, settings.batch_size)
 
 
@@ -1704,7 +1748,7 @@ def run_experiment(row, model_file, frames, labels, settings, device, trunks):
     datasets = create_datasets(frames, tokenizer, settings, model.cfg.context_length)
     add_classification_head(model, len(labels), settings)
     result = finetune(*connect(model.to(device), datasets, settings, device, trunks), settings, device)
-    last = result["history"][-1]
+    last = (result["history"] or [{"train_loss": math.nan, "val_loss": math.nan}])[-1]
     return {"row": row, "weights": settings.weights, "token_position": "mean" if settings.pooling == "mean" else settings.token_pos,
             "layers": settings.trainable_layers, "context": datasets[0].max_length if settings.padding else "no padding",
             **result["final"], "train_loss": last["train_loss"], "val_loss": last["val_loss"],
@@ -1727,7 +1771,6 @@ def markdown_table(rows):
 
 # ---- Command line ----
 
-SPLIT_NAMES = ("Training", "Validation", "Test")
 SPAM_MESSAGE = "You are a winner you have been specially selected to receive $1000 cash or a $2000 award."
 HAM_MESSAGE = "Hey, just wanted to check if we're still on for dinner tonight? Let me know!"
 SAMPLE_NOTE = "bundled sample messages: figures say nothing about real SMS"
@@ -1752,10 +1795,9 @@ def check_writable(path):
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder")
-    probe = path.with_name(path.name + ".try")
-    with atomic_write(probe) as temporary:
-        temporary.touch()
-    probe.unlink(missing_ok=True)
+    if not path.exists() or path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def find_data(name, data_dir, url=None, verify=True):
@@ -1765,7 +1807,7 @@ def find_data(name, data_dir, url=None, verify=True):
     """
     path = Path(data_dir) / "SMSSpamCollection.tsv"
     urls = [f"{url.rstrip('/')}/static/public/228/sms+spam+collection.zip"] if url else DATA_URLS
-    if name == "auto" and not path.exists() and not any((path.parent / "download").glob("*")):
+    if name == "auto" and not path.exists() and not any((path.parent / "download").glob("[!.]*")):
         bundled = next((f for f in (path.with_name("sample_sms.tsv"), HERE / "data" / "sample_sms.tsv") if f.exists()), None)
         if bundled and not reachable(urls):
             return bundled
@@ -1787,14 +1829,14 @@ def find_inputs(args):
 
 def default_settings(about):
     """The finetuning settings that a model brings along, else the chapter's."""
-    known = {f.name for f in fields(FinetuneConfig)}
-    return FinetuneConfig(**{name: value for name, value in about.get("finetune", {}).items() if name in known})
+    defaults = {f.name: f.default for f in fields(FinetuneConfig)}
+    return FinetuneConfig(**{name: type(defaults[name])(value) for name, value in about["finetune"].items() if name in defaults})
 
 
 def describe_inputs(about, model_file, data):
-    """One line on what is used: "GPT-2 124M (weights/gpt2-124M.npz) on ...", with a warning where figures mislead."""
+    """One line on the model and data that are used, with a warning where figures mislead."""
     notes = [about.get("note"), SAMPLE_NOTE if data.name == "sample_sms.tsv" else None,
-             None if about.get("verified", True) else "weights not verified: figures are not GPT-2's"]
+             None if about.get("verified", True) else "weights not checked by SHA-256: figures may not be GPT-2's"]
     return f"model {about['name']} ({model_file}), data {data}" + "".join(f"; {note}" for note in notes if note)
 
 
@@ -1827,10 +1869,10 @@ def cmd_train(args):
     lap("download")
 
     # 6.4 model and weights
-    about = load_about(model_file)
+    about = load_texts(model_file)[1]
     settings = replace(default_settings(about), **chosen_settings(args))
     model, texts = load_pretrained(model_file, settings.causal_mask, settings.seed if settings.weights == "random" else None)
-    about = {**about, "inputs": describe_inputs(about, model_file, data)}
+    about = {**about, "inputs": describe_inputs(about, model_file, data), "test_data": str(args.test_data or "")}
     print(about["inputs"])
     print(f"device {device}" + (f", {world_size()} processes" if world_size() > 1 else "")
           + (f", TF32 {'on' if torch.backends.cuda.matmul.allow_tf32 else 'off'}" if device.type == "cuda" else ""))
@@ -1841,7 +1883,7 @@ def cmd_train(args):
     frames, labels = prepare_splits(df, settings, test)
     for name, frame in zip(("train", "validation", "test"), frames):
         with atomic_write(args.data_dir / f"{name}.csv") as temporary:
-            frame.to_csv(temporary, index=None)
+            frame.to_csv(temporary, index=None, errors="replace")
     tokenizer = build_tokenizer(texts["encoder.json"], texts["vocab.bpe"])
     datasets = create_datasets(frames, tokenizer, settings, model.cfg.context_length)
     if len(frames[0]) < settings.batch_size:
@@ -1871,9 +1913,11 @@ def cmd_train(args):
 
     # 6.7 finetuning
     class_weights = None
-    if settings.balance == "weights" or settings.balance == "auto" and labels != ["ham", "spam"]:
+    if balance_of(settings, labels) == "weights":
         class_weights = torch.tensor(1 / frames[0]["Label"].value_counts(normalize=True).sort_index().to_numpy(np.float32)) / len(labels)
-    state_file = out.with_name(out.name + ".resume") if args.resume else None
+    state_file = out.with_name(out.name + ".resume")
+    if not args.resume and not rank():
+        state_file.unlink(missing_ok=True)
     run = {**asdict(settings), "model": str(model_file), "data": str(data), "messages": len(df), "processes": world_size()}
     result = finetune(top, loaders, settings, device, class_weights, state_file, run)
     seconds |= result["seconds"]
@@ -1890,33 +1934,31 @@ def cmd_train(args):
     lap("use and saving")
     print(f"saved {out}; now try: python {Path(sys.argv[0]).name} classify \"You won a prize!\"")
     if args.plot:
-        plot_history({**result, "steps_an_epoch": len(loaders[0])}, args.plot)
+        plot_history(result, len(loaders[0]) * settings.batch_size, args.plot)
     if args.metrics:
         with atomic_write(args.metrics) as temporary:
             temporary.write_text(json.dumps({**result, "seconds": seconds, "note": about["inputs"],
                                              "settings": {**run, "device": str(device)}}, indent=2) + "\n")
-    if state_file and not rank():
-        state_file.unlink(missing_ok=True)
+    if not rank():
+        state_file.unlink(missing_ok=True)  # only now: the classifier is safe
 
 
 def cmd_experiments(args):
     """The nineteen rows of the book's table of experiments, as Markdown; finished rows are kept in --out and not run again."""
     device, out = pick_device(args.device), args.out or args.weights_dir / "experiments.csv"
+    names = args.rows.split(",") if args.rows else [str(row) for row in EXPERIMENTS]
+    if unknown := [name for name in names if name.strip() not in map(str, EXPERIMENTS)]:
+        raise ValueError(f"--rows {args.rows}: {unknown[0]!r} is not one of 1 to 19")
+    wanted = [int(name) for name in names]
     check_writable(out)
     model_file, data = find_inputs(args)
-    about = load_about(model_file)
+    about = load_texts(model_file)[1]
     base = replace(default_settings(about), **chosen_settings(args))
     run = json.dumps({"model": str(model_file), "data": str(data), **asdict(base)})
     kept = pd.read_csv(out).to_dict("records") if out.is_file() else []
     done = {row["row"]: row for row in kept if row.get("run") == run}
     frames, labels = prepare_splits(read_messages(data, args.text_column, args.label_column), base, shuffle_first=True)
     trunks, failed = {}, 0
-    try:
-        wanted = [int(n) for n in args.rows.split(",")] if args.rows else list(EXPERIMENTS)
-        if unknown := set(wanted) - set(EXPERIMENTS):
-            raise ValueError(f"{min(unknown)} is not 1 to 19")
-    except ValueError as error:
-        raise ValueError(f"--rows {args.rows}: {error}") from None
     for row in wanted:
         size, changes, _ = EXPERIMENTS[row]
         if row in done or size and not args.rows and not (args.weights_dir / f"gpt2-{size}.npz").exists():
@@ -1951,6 +1993,8 @@ def cmd_evaluate(args):
             raise ValueError(f"{path} has labels {unknown[:5]}, the classifier knows {labels}")
         frame = df.assign(Label=df["Label"].map(labels.index))
     else:
+        if classifier.about.get("test_data"):
+            raise ValueError(f"trained with --test-data {classifier.about['test_data']}: evaluate that file with --split all")
         frames, names = prepare_splits(df, classifier.settings)
         if names != labels:
             raise ValueError(f"{path} has labels {names}, the classifier {labels}")
@@ -1960,14 +2004,9 @@ def cmd_evaluate(args):
         print(json.dumps({"data": str(path), "split": args.split, **metrics}, indent=2))
         return
     print(f"{path}, {args.split}: {len(frame):,} messages, accuracy {metrics['accuracy'] * 100:.2f}%\n")
-    width = max(len(name) for name in [*labels, "weighted mean"])
-    print(f"{'':{width}}  precision  recall      F1  support")
-    rows = {**metrics["classes"], **{f"{m} mean": {**metrics[m], "support": len(frame)} for m in ("macro", "weighted")}}
-    for name, row in rows.items():
-        print(f"{name:{width}}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['support']:7,}")
-    print("\nconfusion (row: true, column: predicted)")
-    for name, row in zip(labels, metrics["confusion"]):
-        print(f"{name:{width}}  " + "  ".join(f"{n:7,}" for n in row))
+    rows = {**metrics["classes"], **{f"{mean} mean": {**metrics[mean], "support": len(frame)} for mean in ("macro", "weighted")}}
+    print(pd.DataFrame(rows).T.astype({"support": int}).round(4).to_string())
+    print("\nconfusion (row: true, column: predicted)\n" + pd.DataFrame(metrics["confusion"], labels, labels).to_string())
     if "roc_auc" in metrics:
         print(f"\n{labels[1]}: average precision {metrics['average_precision']:.4f}, ROC AUC {metrics['roc_auc']:.4f}")
 
@@ -1987,7 +2026,8 @@ def cmd_classify(args):
             rows = ((i, text, None) for i, text in enumerate(args.texts, 1))
         else:
             source = sys.stdin.buffer if str(args.input) == "-" else stack.enter_context(open(args.input, "rb"))
-            rows = read_texts(source, args.text_column)
+            kind = args.input_format or args.input.suffix.lower()[1:]
+            rows = read_texts(source, kind if kind in ("csv", "tsv", "jsonl") else "lines", args.text_column)
         output = sys.stdout
         if args.output and str(args.output) != "-":
             output = stack.enter_context(open(stack.enter_context(atomic_write(args.output)), "w", encoding="utf-8", newline=""))
@@ -2088,7 +2128,7 @@ def build_parser():
     sub.add_argument("--out", type=Path, metavar="FILE", help="the classifier (default: spam_classifier.pth in the weights folder)")
     sub.add_argument("--metrics", type=Path, metavar="FILE", help="write losses, accuracies, seconds and settings as JSON")
     sub.add_argument("--plot", type=Path, metavar="DIR", help="write loss-plot.png and accuracy-plot.png")
-    sub.add_argument("--resume", action="store_true", help="save the state after each epoch, and go on from it")
+    sub.add_argument("--resume", action="store_true", help="go on after the last finished epoch of an interrupted run")
     sub.add_argument("--keep-checkpoint", action="store_true", help="keep the raw checkpoint after its conversion")
     add_settings(sub)
     sub = command(cmd_evaluate, "measure a classifier", data=True, classifier=True)
@@ -2097,6 +2137,7 @@ def build_parser():
     sub = command(cmd_classify, "label texts", classifier=True)
     sub.add_argument("texts", nargs="*", metavar="TEXT")
     sub.add_argument("--input", type=Path, metavar="FILE", help="a text a line, or .csv, .tsv, .jsonl with a text column; -: standard input")
+    sub.add_argument("--input-format", choices=("lines", "csv", "tsv", "jsonl"), help="default: by the name of --input, else lines")
     sub.add_argument("--output", type=Path, metavar="FILE", help="default: -, standard output")
     sub.add_argument("--format", choices=("text", "csv", "jsonl"), default="text", help="default: %(default)s")
     sub.add_argument("--threshold", type=float, metavar="P", help="call it the second label (spam) from this probability on")
@@ -2117,7 +2158,7 @@ def main(argv=None):
     """Run a command; return its exit status: 0, or 2 after one line about what was wrong."""
     args = build_parser().parse_args(argv)
     try:
-        with processes():
+        with processes(args.device):
             args.run(args)
             sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough

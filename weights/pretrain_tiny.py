@@ -17,7 +17,6 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,7 @@ import gpt_spam  # noqa: E402
 
 CONFIG = gpt_spam.GPTConfig(vocab_size=4096, context_length=256, emb_dim=256, n_heads=8, n_layers=4, drop_rate=0.1)
 # What suits this model when it is finetuned; kept in the .npz, where `train` finds it.
-FINETUNE = {"lr": 1e-3, "warmup": 0.1, "decay": True}
+FINETUNE = {"lr": 5e-4, "warmup": 0.1, "decay": True}
 MESSAGE_REPEATS = 8  # each bundled message stands this often in an epoch: 1,068 of them, the books' 1.7 M tokens
 
 
@@ -215,7 +214,7 @@ def main():
                "n_head": CONFIG.n_heads, "n_layer": CONFIG.n_layers}
     texts = {"hparams.json": json.dumps(hparams).encode(), "encoder.json": encoder.encode(), "vocab.bpe": merges.encode()}
     about = {"name": "tiny", "note": "bundled tiny model: figures are not GPT-2's", "finetune": FINETUNE}
-    gpt_spam.save_pretrained(args.out, arrays, texts, about)
+    gpt_spam.save_pretrained(args.out, arrays, texts, about, np.savez_compressed)
     loaded, _ = gpt_spam.load_pretrained(args.out)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes, SHA-256 {gpt_spam.file_sha256(args.out)}")
     val = validate(loaded, validation, CONFIG.context_length)
