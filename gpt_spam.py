@@ -1258,14 +1258,19 @@ def free_memory():
     return 1 << 32
 
 
-def length_batches(lengths, tokens=4096):
-    """Cut positions sorted by length into batches of about so many tokens: little padding, full cores."""
+def length_batches(lengths, tokens):
+    """Cut positions sorted by length into batches of at most so many tokens: little padding, full cores."""
     order, batches = sorted(range(len(lengths)), key=lambda i: lengths[i]), [[]]
     for i in order:
         if batches[-1] and (len(batches[-1]) + 1) * lengths[i] > tokens:
             batches.append([])
         batches[-1].append(i)
     return batches
+
+
+def batch_tokens(device):
+    """Tokens that make a fast batch: on a CPU few, as they stay in its cache (124M: 1,024 are 1.2 times as fast as 4,096)."""
+    return 1024 if device.type == "cpu" else 16384
 
 
 def cache_trunk(model, inputs, cut, device, dtype="float32"):
@@ -1283,8 +1288,6 @@ def cache_trunk(model, inputs, cut, device, dtype="float32"):
           f"{size / 1e6:,.0f} MB {'on disk' if on_disk else 'of memory'} ({free / 1e6:,.0f} MB are free)")
     if on_disk:
         file = tempfile.TemporaryFile(dir="/var/tmp" if os.path.isdir("/var/tmp") else None)  # /tmp may be memory
-        if size > (left := shutil.disk_usage(file.fileno() if os.name == "posix" else tempfile.gettempdir()).free):
-            raise ValueError(f"the cache takes {size:,} bytes, the disk has {left:,} free: use --no-cache")
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
         store = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=size)).view(kept).view(shape)
@@ -1293,7 +1296,7 @@ def cache_trunk(model, inputs, cut, device, dtype="float32"):
     ends = np.cumsum(lengths)
     views = [store[end - length:end] for end, length in zip(ends, lengths)]
     with progress(len(ids), "frozen blocks", " messages") as bar:
-        for turn, batch in enumerate(length_batches(lengths)):
+        for turn, batch in enumerate(length_batches(lengths, batch_tokens(device))):
             width = lengths[batch[-1]]
             if turn % world_size() == rank():
                 padded = nn.utils.rnn.pad_sequence([ids[i] for i in batch], batch_first=True).to(device)
@@ -1574,7 +1577,7 @@ def predict(classifier, texts, device):
     top = Top(model.to(device), frozen_blocks(settings, model.cfg), settings.dtype)
     logits = torch.empty(len(dataset), len(classifier.labels))
     with evaluating(top):
-        for batch in length_batches([len(ids) for ids in dataset.inputs], 0 if seen and not settings.padding else 4096):
+        for batch in length_batches([len(ids) for ids in dataset.inputs], 0 if seen and not settings.padding else batch_tokens(device)):
             inputs, at, _ = collate([dataset[i] for i in batch])
             logits[batch] = calc_logits(inputs, at, top, device).float().cpu()
     if not logits.isfinite().all():

@@ -3,6 +3,7 @@ TensorFlow wrote judge the reader, counts and plain arithmetic the rest. GPT_SPA
 OpenAI's weights and compare with the numbers printed in the book.
 """
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -19,11 +20,13 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import nn
 
 import gpt_spam as g
@@ -332,6 +335,48 @@ def test_a_damaged_checkpoint_is_noticed(tmp_path, file, change, said):
     with pytest.raises(ValueError, match=said):
         g.convert_checkpoint(changed_micro(tmp_path, file, change), tmp_path / "out.npz", {})
     assert not (tmp_path / "out.npz").exists()
+
+
+def test_any_flipped_byte_of_a_checkpoint_is_noticed(tmp_path):
+    index, folder = (MICRO / g.INDEX_FILE).read_bytes(), tmp_path / "flipped"
+    assert len(g.read_index(index)) == 28
+    for i in range(len(index)):  # no byte of the index carries nothing
+        for flip in (1, 128, 255):
+            with pytest.raises(ValueError):
+                g.read_index(index[:i] + bytes([index[i] ^ flip]) + index[i + 1:])
+    shutil.copytree(MICRO, folder)
+    data = bytearray((MICRO / g.DATA_FILE).read_bytes())
+    for i in np.random.default_rng(0).integers(len(data), size=25):
+        data[i] ^= 1
+        (folder / g.DATA_FILE).write_bytes(data)
+        with pytest.raises(ValueError, match="damaged"):
+            g.convert_checkpoint(folder, tmp_path / "out.npz", {})
+        data[i] ^= 1
+
+
+@hypothesis.settings(max_examples=int(os.environ.get("GPT_SPAM_FUZZ", 300)), deadline=None)
+@hypothesis.given(st.data())
+def test_a_mutated_index_with_right_checksums_is_read_or_refused(data):
+    """Bytes are changed in the block of entries and its checksum is made right again, so that the parsers are reached."""
+    index = (MICRO / g.INDEX_FILE).read_bytes()
+    footer, at, handle = index[-48:-8], 0, []
+    for _ in range(4):
+        number, at = g.read_varint(footer, at)
+        handle.append(number)
+    (_, first), = g.read_block(index, handle[2], handle[3])
+    offset, at = g.read_varint(first, 0)
+    size, _ = g.read_varint(first, at)
+    block = bytearray(index[offset:offset + size])
+    for i in data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=6)):
+        block[i] = data.draw(st.integers(0, 255))
+    crc = g.crc32c(bytes(block) + b"\0")
+    crc = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    changed = index[:offset] + bytes(block) + b"\0" + crc.to_bytes(4, "little") + index[offset + size + 5:]
+    with contextlib.suppress(ValueError), g.reading("index", "a checkpoint"), open(MICRO / g.DATA_FILE, "rb") as file:
+        entries = g.read_index(changed)
+        for name, shape, *_ in g.checkpoint_tensors(g.config_from_hparams(json.loads((MICRO / "hparams.json").read_text()))):
+            if name in entries:
+                g.read_tensor(file, name, entries[name], shape)
 
 
 def test_an_npz_that_does_not_fit_its_hparams(tmp_path, micro):
@@ -864,6 +909,64 @@ def test_use(trained):
     accuracy = re.search(r"16 messages, accuracy ([\d.]+)%", run("evaluate", *where, "--data-dir", folder / "d").stdout)[1]
     assert out.count(f"Test accuracy: {accuracy}%") >= 1
     assert run("generate", "--model", "124M", *where, "--tokens", 3).stdout.startswith("Every effort moves you")
+
+
+DEAD = "http://127.0.0.1:9"  # nobody listens
+
+
+def test_without_any_network_the_bundled_model_and_messages_are_used_and_named(tmp_path):
+    places = ["--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d", "--weights-url", DEAD, "--data-url", DEAD, "--device", "cpu"]
+    done = run("train", *places, "--epochs", 1, "--metrics", tmp_path / "m.json")
+    assert done.returncode == 0, done.stderr
+    for note in ("bundled tiny model: figures are not GPT-2's", "bundled sample messages: figures say nothing about real SMS"):
+        assert done.stdout.count(note) == 2  # at the start, and beside the final figures
+        assert note in json.loads((tmp_path / "m.json").read_text())["note"]
+        assert note in torch.load(tmp_path / "w" / "spam_classifier.pth", weights_only=True)["about"]["inputs"]
+    assert "lr 0.0005" in done.stdout and "warmup 0.1" in done.stdout  # the model's own defaults
+    named = run("train", *places, "--model", "124M")
+    assert named.returncode == 2 and "cannot download" in named.stderr
+    (tmp_path / "w" / "124M.download").mkdir(exist_ok=True)
+    (tmp_path / "w" / "124M.download" / "vocab.bpe.12345678.part").write_bytes(b"half")
+    begun = run("train", *places)
+    assert begun.returncode == 2 and "cannot download" in begun.stderr  # a broken download is not given up silently
+
+
+def test_the_bundled_model_is_a_small_gpt_in_the_form_of_a_converted_checkpoint():
+    file = HERE / "weights" / "tiny.npz"
+    assert file.stat().st_size <= 8_000_000
+    model, texts = g.load_pretrained(file)
+    tokenizer = g.build_tokenizer(texts["encoder.json"], texts["vocab.bpe"])
+    assert model.cfg.context_length >= 256 and tokenizer.n_vocab == model.cfg.vocab_size
+    ids = torch.tensor([tokenizer.encode_ordinary("It was a dark night, and the rain fell on the roof of the old house.")])
+    loss = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:]).item()
+    assert loss < 0.7 * math.log(model.cfg.vocab_size)  # it has learned something: knowing nothing costs 8.3 nats
+    card = (HERE / "weights" / "README.md").read_text()
+    assert g.file_sha256(file) in card and f"{file.stat().st_size:,} bytes" in card
+
+
+def test_two_processes_at_once_on_a_fresh_folder(server, tmp_path):
+    for name in g.FILES_124M:
+        server.files[f"/gpt-2/models/124M/{name}"] = (MICRO / name).read_bytes() if (MICRO / name).exists() else b"graph"
+    args = [sys.executable, HERE / "gpt_spam.py", "train", "--model", "124M", "--weights-url", server.url, "--no-verify", "--data",
+            small_data(tmp_path / "d.tsv"), "--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d", "--epochs", "1", "--device", "cpu"]
+    both = [subprocess.Popen(list(map(str, args)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate()
+        assert process.returncode == 0 and "Test accuracy" in out, err
+    assert sorted(p.name for p in (tmp_path / "w").iterdir()) == ["gpt2-124M.npz", "spam_classifier.pth"]
+
+
+def test_a_damaged_download_is_thrown_away_and_a_good_one_kept(server, tmp_path, no_pauses):
+    for name in g.FILES_124M:
+        server.files[f"/gpt-2/models/355M/{name}"] = (MICRO / name).read_bytes() if (MICRO / name).exists() else b"graph"
+    data = server.files[f"/gpt-2/models/355M/{g.DATA_FILE}"]
+    server.files[f"/gpt-2/models/355M/{g.DATA_FILE}"] = data[:99] + bytes([data[99] ^ 1]) + data[100:]
+    with pytest.raises(ValueError, match="damaged.*run again"):
+        g.find_model("355M", tmp_path, server.url)
+    assert not list(tmp_path.iterdir())
+    server.files[f"/gpt-2/models/355M/{g.DATA_FILE}"] = data
+    path = g.find_model("355M", tmp_path, server.url, keep=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["355M", path.name] and len(list((tmp_path / "355M").glob("[!.]*"))) == 7
 
 
 @pytest.mark.parametrize("args, said", [
