@@ -939,7 +939,11 @@ def convert_checkpoint(folder, path, about):
             if (size := (folder / name).stat().st_size) > SMALL:
                 raise ValueError(f"{name} has {size:,} bytes; OpenAI's largest has some 1,000,000")
         texts = {name: (folder / name).read_bytes() for name in TEXTS}
-        cfg = config_from_hparams(json.loads(texts["hparams.json"]))
+        for name, text in texts.items():
+            with reading(folder / name, "UTF-8 text"):
+                text.decode()
+        with reading(folder / "hparams.json", "GPT-2's hyperparameters"):
+            cfg = config_from_hparams(json.loads(texts["hparams.json"]))
         check_vocabulary(build_tokenizer(texts["encoder.json"].decode(), texts["vocab.bpe"].decode()), cfg)
         entries, arrays = read_index((folder / INDEX_FILE).read_bytes()), {}
         with open(folder / DATA_FILE, "rb") as file, progress(len(entries), "converting", " tensors") as bar:

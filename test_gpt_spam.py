@@ -328,7 +328,8 @@ def changed_micro(tmp_path, file, change):
     ("hparams.json", lambda b: b.replace(b'"n_layer": 2', b'"n_layer": 1'), "more than a GPT-2"),
     ("hparams.json", lambda b: b.replace(b'"n_layer": 2', b'"n_layer": 3'), "no tensor model/h2"),
     ("hparams.json", lambda b: b.replace(b'"n_ctx": 1024', b'"n_ctx": 1023'), "not a float32 of shape"),
-    ("hparams.json", lambda b: b"<html>", "Expecting value"),
+    ("hparams.json", lambda b: b"<html>", "hparams.json is not.*Expecting value"),
+    ("vocab.bpe", lambda b: b[:50] + b"\xff" + b[51:], "vocab.bpe is not UTF-8"),
     ("encoder.json", lambda b: b[:100], "encoder.json"),
 ])
 def test_a_damaged_checkpoint_is_noticed(tmp_path, file, change, said):
