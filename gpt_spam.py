@@ -193,15 +193,16 @@ def locked(path):
 
     `path` is a file made for it, which the block may rename or remove: then who waited makes a new one.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     while True:
-        with contextlib.suppress(FileNotFoundError), open(path, "ab") as file:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile by who had the lock
+            file = open(path, "ab")
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                yield
-                return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+                break
+    with file:  # outside of the suppress: the block's own FileNotFoundError must get out
+        yield
 
 
 @contextlib.contextmanager
@@ -545,16 +546,20 @@ class SpamDataset(Dataset):
         return other
 
 
+def sees_padding(settings):
+    """Whether a position that is read sees what stands behind the message, besides being the padding itself."""
+    return settings.pooling == "mean" or not settings.causal_mask
+
+
 def padding_mode(settings):
     """Where padding is needed: "all" messages to one length, "none" at all, or a "batch" to its own longest.
 
     What stands behind the position that is read cannot matter under the causal mask, so there is no need to
     compute it: half of the messages have at most 32 of the chapter's 120 tokens.
     """
-    seen = settings.pooling == "mean" or not settings.causal_mask
     if settings.padding:
-        return "all" if seen or settings.token_pos == "last" else "batch"
-    if seen and settings.batch_size > 1:
+        return "all" if sees_padding(settings) or settings.token_pos == "last" else "batch"
+    if sees_padding(settings) and settings.batch_size > 1:
         raise ValueError(f"without padding, a mean or a missing mask takes --batch-size 1, not {settings.batch_size}")
     return "none"
 
@@ -1574,14 +1579,13 @@ def predict(classifier, texts, device):
     An empty text, which has no token to read the label from, is taken as a space. Raises ValueError if a probability is no number.
     """
     settings, model = classifier.settings, classifier.model
-    seen = settings.pooling == "mean" or not settings.causal_mask
     dataset = SpamDataset(pd.DataFrame({"Text": [text or " " for text in texts], "Label": 0}), classifier.tokenizer,
                           classifier.max_length, classifier.tokenizer.eot_token, settings.token_pos, settings.pooling,
                           padding_mode(replace(settings, batch_size=1)))
     top = Top(model.to(device), frozen_blocks(settings, model.cfg), settings.dtype)
     logits = torch.empty(len(dataset), len(classifier.labels))
     with evaluating(top):
-        for batch in length_batches([len(ids) for ids in dataset.inputs], 0 if seen and not settings.padding else batch_tokens(device)):
+        for batch in length_batches([len(ids) for ids in dataset.inputs], 0 if sees_padding(settings) and not settings.padding else batch_tokens(device)):
             inputs, at, _ = collate([dataset[i] for i in batch])
             logits[batch] = calc_logits(inputs, at, top, device).float().cpu()
     if not logits.isfinite().all():

@@ -62,6 +62,12 @@ def run(*args, **kwargs):
     return subprocess.run([sys.executable, str(HERE / "gpt_spam.py"), *map(str, args)], capture_output=True, text=True, **kwargs)
 
 
+def test_an_error_inside_a_locked_write_gets_out_and_leaves_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="mine"), g.atomic_write(tmp_path / "f"):
+        raise FileNotFoundError("mine")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- 6.2 Dataset ----
 
 def test_default_quoting_glues_messages_as_in_the_chapter(tmp_path):
