@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections import Counter, defaultdict
@@ -31,7 +32,8 @@ import gpt_spam  # noqa: E402
 CONFIG = gpt_spam.GPTConfig(vocab_size=4096, context_length=256, emb_dim=256, n_heads=8, n_layers=4, drop_rate=0.1)
 # What suits this model when it is finetuned; kept in the .npz, where `train` finds it.
 FINETUNE = {"lr": 5e-4, "warmup": 0.1, "decay": True}
-MESSAGE_REPEATS = 8  # each bundled message stands this often in an epoch: 1,068 of them, the books' 1.7 M tokens
+NOT_A_TARGET = -100  # cross-entropy's ignore_index
+SEGMENT = 500        # steps between two saved states
 
 
 def train_bpe(texts, vocab_size):
@@ -97,13 +99,29 @@ def as_typed_on_a_phone(text, rng):
     return text.replace("'", "") if rng.random() < 0.15 else text
 
 
-def make_stream(documents, messages, tokenizer, seed):
-    """Return one epoch as a tensor of ids: passages and messages shuffled, an end of text before each."""
-    rng = random.Random(seed)
-    texts = [as_typed_on_a_phone(text, rng) for text in documents] + messages * MESSAGE_REPEATS
+def make_stream(documents, tokenizer, rng):
+    """Return all passages, shuffled, as one tensor of ids, an end of text before each."""
+    texts = [as_typed_on_a_phone(text, rng) for text in documents]
     rng.shuffle(texts)
     encoded = tokenizer.encode_ordinary_batch(texts, num_threads=2)
     return torch.tensor([i for ids in encoded for i in [tokenizer.eot_token, *ids]])
+
+
+def message_window(messages, tokenizer, tokens, rng):
+    """Return (tokens + 1,) ids of messages of one label, each followed by one end of text or by a run of them.
+
+    A run is what padding looks like in finetuning. As the next message is of the same label, what the model predicts
+    at the end of a run depends on what the message before it was: the last position learns to sum up.
+    """
+    same, ids = rng.choice(messages), []
+    while len(ids) <= tokens:
+        text = rng.choice(same)
+        if rng.random() < 0.5:
+            text = as_typed_on_a_phone(text, rng)
+        if rng.random() < 0.5:
+            text = re.sub(r"\d", lambda _: str(rng.randrange(10)), text)
+        ids += tokenizer.encode_ordinary(text) + [tokenizer.eot_token] * (1 if rng.random() < 0.5 else rng.randrange(1, 160))
+    return torch.tensor(ids[:tokens + 1])
 
 
 def init_weights(model):
@@ -117,19 +135,24 @@ def init_weights(model):
     model.out_head.weight = model.tok_emb.weight
 
 
-def batches(stream, rows, tokens, generator):
-    """Yield (ids, next ids) of an epoch in random order: (rows, tokens) each."""
-    start = int(torch.randint(tokens, (1,), generator=generator))
-    windows = stream[start:start + (len(stream) - start - 1) // tokens * tokens + 1]
-    ids, targets = windows[:-1].view(-1, tokens), windows[1:].view(-1, tokens)
-    for pick in torch.randperm(len(ids), generator=generator).split(rows):
-        if len(pick) == rows:
-            yield ids[pick], targets[pick]
+def make_batch(stream, messages, tokenizer, args, step):
+    """Return (ids, next ids), (rows, tokens) each: random windows of the books, and some of messages.
+
+    Depends on the step alone, so that a run that went on after a break equals one without.
+    """
+    rng, tokens, rows = random.Random(f"{args.seed} {step}"), CONFIG.context_length, []
+    for row in range(args.batch_size):
+        start = rng.randrange(len(stream) - tokens)
+        rows.append(message_window(messages, tokenizer, tokens, rng) if row < args.message_rows
+                    else stream[start:start + tokens + 1])
+    ids, targets = torch.stack(rows)[:, :-1], torch.stack(rows)[:, 1:].clone()
+    targets[(ids == tokenizer.eot_token) & (targets == tokenizer.eot_token)] = NOT_A_TARGET  # how long a run is
+    return ids, targets
 
 
 def lm_loss(model, ids, targets):
     """Cross-entropy of the next token, in nats."""
-    return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten())
+    return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=NOT_A_TARGET)
 
 
 @torch.no_grad()
@@ -146,68 +169,79 @@ def validate(model, stream, tokens):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("texts", nargs="+", type=Path, help="plain text files, one paragraph a line")
-    parser.add_argument("--messages", type=Path, default=HERE.parent / "data" / "sample_sms.tsv",
-                        help="labelled messages; their training part is read, without the labels")
+    parser.add_argument("--messages", nargs="+", type=Path, default=[HERE / "messages.tsv"], help="labelled messages")
+    parser.add_argument("--sample", type=Path, default=HERE.parent / "data" / "sample_sms.tsv",
+                        help="labelled messages whose training part is read, too")
     parser.add_argument("--out", type=Path, default=HERE / "tiny.npz")
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=16, help="windows of 256 tokens a step")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--message-rows", type=int, default=6, help="how many of them hold messages")
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=123)
     args = parser.parse_args()
 
     documents, held_out = read_documents(args.texts)
-    messages = gpt_spam.prepare_splits(gpt_spam.read_messages(args.messages))[0][0]["Text"].tolist()
+    sample = gpt_spam.prepare_splits(gpt_spam.read_messages(args.sample))[0]
+    frames = [gpt_spam.read_messages(file) for file in args.messages]
+    messages = [[text for frame in frames for text in frame["Text"][frame["Label"] == label]]
+                + sample[0]["Text"][sample[0]["Label"] == i].tolist() for i, label in enumerate(("ham", "spam"))]
     state_file = args.out.with_suffix(".state.pt")
     state = torch.load(state_file, weights_only=True) if state_file.exists() else None
     if state:
         encoder, merges = state["encoder"], state["merges"]
     else:
         print("training the tokenizer", flush=True)
-        encoder, merges = train_bpe([(d, 1) for d in documents] + [(m, MESSAGE_REPEATS) for m in messages], CONFIG.vocab_size)
+        weighted = [(d, 1) for d in documents] + [(text, 3) for same in messages for text in same]
+        encoder, merges = train_bpe(weighted, CONFIG.vocab_size)
     tokenizer = gpt_spam.build_tokenizer(encoder, merges)
-    validation = torch.tensor([i for text in held_out for i in [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]])
+    validation = {name: torch.tensor([i for text in texts for i in [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]])
+                  for name, texts in (("books", held_out), ("messages", sample[1]["Text"]))}
 
     torch.manual_seed(args.seed)
     model = gpt_spam.GPTModel(CONFIG)
     init_weights(model)
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    step, epoch, history = 0, 0, []
+    for block in model.trf_blocks:
+        block.att.dropout = 0.0  # costs more time than all the rest: it turns the fast attention off
+    blocks = [p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith("trf_blocks")]
+    embeddings = [model.tok_emb.weight, model.pos_emb.weight]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    optimizers = [torch.optim.Muon(blocks, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW([{"params": embeddings}, {"params": vectors, "weight_decay": 0.0}],
+                                    lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)]
+    step, history = 0, []
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, epoch, history = state["step"], state["epoch"], state["history"]
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        step, history = state["step"], state["history"]
         print(f"going on from step {step}", flush=True)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(validation):,} validation tokens", flush=True)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {sum(map(len, messages)):,} messages; validation "
+          + ", ".join(f"{name} {len(stream):,} tokens" for name, stream in validation.items()), flush=True)
     started, first = time.time(), step
     while step < args.steps:
-        torch.manual_seed(args.seed + epoch)  # an epoch's windows and dropout do not depend on a break before it
-        stream = make_stream(documents, messages, tokenizer, args.seed + epoch)
-        for ids, targets in batches(stream, args.batch_size, CONFIG.context_length, torch.Generator().manual_seed(epoch)):
-            if step == args.steps:
-                break
-            warm, left = (step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * min(warm, left)
+        torch.manual_seed(args.seed + step)  # dropout does not depend on a break before it
+        stream = make_stream(documents, tokenizer, random.Random(args.seed + step))
+        for _ in range(min(SEGMENT, args.steps - step)):
+            warm, left = (step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / args.steps)
             with torch.autocast("cpu", torch.bfloat16):
-                loss = lm_loss(model, ids, targets)
-            optimizer.zero_grad()
+                loss = lm_loss(model, *make_batch(stream, messages, tokenizer, args, step))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * min(warm, left)
+                optimizer.step()
+                optimizer.zero_grad()
             step += 1
             if step % 50 == 0:
                 pace = (time.time() - started) / (step - first)
-                print(f"step {step}/{args.steps}, epoch {epoch + 1}: loss {loss:.3f}, {pace:.2f} s a step, "
+                print(f"step {step}/{args.steps}: loss {loss:.3f}, {pace:.2f} s a step, "
                       f"{(args.steps - step) * pace / 60:.0f} min left", flush=True)
-        epoch += 1
-        history.append({"step": step, "val_loss": validate(model, validation, CONFIG.context_length)})
-        print(f"epoch {epoch}: {len(stream):,} tokens, validation loss {history[-1]['val_loss']:.3f}", flush=True)
+        history.append({"step": step, **{name: validate(model, ids, CONFIG.context_length) for name, ids in validation.items()}})
+        print("validation " + ", ".join(f"{name} {value:.3f}" for name, value in history[-1].items()), flush=True)
         with gpt_spam.atomic_write(state_file) as temporary:
-            torch.save({"encoder": encoder, "merges": merges, "model": model.state_dict(), "step": step, "epoch": epoch,
-                        "optimizer": optimizer.state_dict(), "history": history}, temporary)
+            torch.save({"encoder": encoder, "merges": merges, "model": model.state_dict(), "step": step,
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers], "history": history}, temporary)
 
     arrays = {name: p.numpy().astype(np.float16) for name, p in model.state_dict().items() if name != "out_head.weight"}
     hparams = {"n_vocab": CONFIG.vocab_size, "n_ctx": CONFIG.context_length, "n_embd": CONFIG.emb_dim,
@@ -215,10 +249,13 @@ def main():
     texts = {"hparams.json": json.dumps(hparams).encode(), "encoder.json": encoder.encode(), "vocab.bpe": merges.encode()}
     about = {"name": "tiny", "note": "bundled tiny model: figures are not GPT-2's", "finetune": FINETUNE}
     gpt_spam.save_pretrained(args.out, arrays, texts, about, np.savez_compressed)
-    loaded, _ = gpt_spam.load_pretrained(args.out)
+    loaded, *_ = gpt_spam.load_pretrained(args.out)
     print(f"{args.out}: {args.out.stat().st_size:,} bytes, SHA-256 {gpt_spam.file_sha256(args.out)}")
-    val = validate(loaded, validation, CONFIG.context_length)
-    print(f"validation loss {val:.3f}, perplexity {math.exp(val):.1f}, {step * args.batch_size * CONFIG.context_length:,} tokens seen")
+    for name, ids in validation.items():
+        loss = validate(loaded, ids, CONFIG.context_length)
+        print(f"validation loss on {name} {loss:.3f}, perplexity {math.exp(loss):.1f}")
+    print(f"{step * args.batch_size * CONFIG.context_length:,} tokens seen")
+    state_file.unlink()
 
 
 if __name__ == "__main__":
