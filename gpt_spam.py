@@ -20,10 +20,10 @@ One file, top to bottom in the order of chapter 6 of "Build a Large Language Mod
 
 import argparse
 import contextlib
-import copy
 import csv
 import errno
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -163,9 +163,7 @@ def processes(device_name):
     # The others wait while the first downloads, so the usual limit of minutes is too short.
     torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     try:
-        with contextlib.ExitStack() as stack:
-            if rank():
-                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null if rank() else sys.stdout):
             yield
     finally:
         torch.distributed.destroy_process_group()
@@ -259,10 +257,9 @@ DATA_SHA256 = "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"
 
 
 def fetch_part(url, path):
-    """Download `url` to a part file next to `path` and return its name.
+    """Download `url` to a part file next to `path`, behind the bytes that an earlier break left, and return its name.
 
-    Goes on behind the bytes that an earlier break left on disk. The part's name holds the address,
-    length and version it belongs to, so a part of another file is never continued.
+    The name holds the address, length and version that it belongs to: a part of another file is never continued.
     """
     ask = partial(requests.get, url, stream=True, timeout=(5, 30))  # seconds to connect, to stall
     headers = {"Accept-Encoding": "identity"}  # else Content-Length would count compressed bytes
@@ -354,8 +351,7 @@ def reachable(urls, seconds=6):
 def bundled_file(name, folder, download, urls):
     """What "auto" falls back to where no address answers: the file `name` of the clone, or its twin in `folder`.
 
-    None where there is a network, or where a broken `download` lies in the folder: that goes on or fails, but is
-    not given up silently.
+    None where there is a network, or where a broken `download` lies in the folder: that is not given up silently.
     """
     found = next((file for file in (folder / Path(name).name, HERE / name) if file.exists()), None)
     begun = any((folder / download).glob("[!.]*"))
@@ -526,13 +522,11 @@ def build_tokenizer(encoder_json, vocab_bpe):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     characters = {chr(b): b for b in printable}
     characters |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
-    try:
+    with reading("encoder.json", "GPT-2's"):
         ids = json.loads(encoder_json)
         end = ids.pop(END_OF_TEXT)
         ranks = {bytes(characters[c] for c in token): i for token, i in ids.items()}
         merges = [line.replace(" ", "") for line in vocab_bpe.split("\n")[1:] if line]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not GPT-2's encoder.json: {error!r}") from None
     # The order of the merges is the order of the ids: 256 bytes, the merges, the end of text.
     if [ids.get(merge) for merge in merges] != list(range(256, end)) or sorted(ranks.values()) != list(range(end)):
         raise ValueError("encoder.json and vocab.bpe do not belong together: ids and merges differ")
@@ -576,12 +570,6 @@ class SpamDataset(Dataset):
     def __len__(self):
         return len(self.labels)
 
-    def with_inputs(self, inputs):
-        """The same messages with other inputs, such as the hidden states of their tokens."""
-        other = copy.copy(self)
-        other.inputs = inputs
-        return other
-
 
 def sees_padding(settings):
     """Whether a position that is read sees what stands behind the message, besides being the padding itself."""
@@ -621,11 +609,9 @@ def create_datasets(frames, tokenizer, settings, context_length):
 
 
 def collate(items):
-    """Make a batch of items: inputs (batch, tokens) or (batch, tokens, emb), at (batch, asked), labels (batch,).
-
-    Fills up with zeros to the longest; that only happens where nobody looks (see `padding_mode`).
-    """
+    """Make a batch of items: inputs (batch, tokens) or (batch, tokens, emb), at (batch, asked), labels (batch,)."""
     inputs, at, labels = zip(*items)
+    # Zeros fill up to the longest, but only where nobody looks (see `padding_mode`).
     return nn.utils.rnn.pad_sequence(inputs, batch_first=True), torch.stack(at), torch.stack(labels)
 
 
@@ -646,8 +632,7 @@ def read_at(x, at):
 class MultiHeadAttention(nn.Module):
     """Causal self-attention (chapter 3; Vaswani et al. 2017).
 
-    forward: x (batch, tokens, emb) gives (batch, tokens, emb), or with at (batch, asked) the rows
-    at these positions alone, (batch, asked, emb).
+    forward: x (batch, tokens, emb) gives as much, or with at (batch, asked) these rows alone, (batch, asked, emb).
     """
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False, causal=True):
@@ -753,8 +738,7 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """GPT-2 (chapter 4): ids (batch, tokens) give logits (batch, tokens, vocab or classes).
 
-    With at (batch, asked) the logits at these positions alone, (batch, asked, classes): the same
-    numbers, but the last block computes little more than keys and values.
+    With at (batch, asked) the same logits at these positions alone, (batch, asked, classes), for less work.
     """
 
     def __init__(self, cfg):
@@ -854,14 +838,13 @@ def check_crc(data, masked, what):
 
 def read_varint(data, at):
     """Return the variable-length integer at `at` and the position behind it."""
-    value = shift = 0
-    while at < len(data) and shift < 64:
-        byte = data[at]
-        value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+    value = 0
+    for i, byte in enumerate(data[at:at + 10]):
+        value |= (byte & 127) << 7 * i
+        if byte == 0 and i:
+            break  # padded with zeros; no writer does that
         if byte < 128:
-            if byte == 0 and shift > 7:
-                break  # padded with zeros; no writer does that
-            return value, at
+            return value, at + i + 1
     raise ValueError("not a checkpoint index: bad number")
 
 
@@ -919,8 +902,7 @@ def read_index(data):
     if any(footer[at:]):
         raise ValueError("not a checkpoint index: its footer is not padded with zeros")
     blocks = [tuple(handles[:2]), tuple(handles[2:])]
-    rows = [row for _, row in read_block(data, *blocks[1])]
-    for row in rows:
+    for _, row in read_block(data, *blocks[1]):
         offset, at = read_varint(row, 0)
         size, at = read_varint(row, at)
         blocks.append((offset, size))
@@ -928,10 +910,8 @@ def read_index(data):
     if ends != [offset for offset, _ in sorted(blocks)] + [len(data) - 48]:
         raise ValueError(f"not a checkpoint index: its blocks do not fill its {len(data):,} bytes")
     list(read_block(data, *blocks[0]))
-    entries = {}
-    for block in blocks[2:]:
-        for key, value in read_block(data, *block):
-            entries[key.decode("utf-8", "replace")] = read_message(value)
+    entries = {key.decode("utf-8", "replace"): read_message(value)
+               for block in blocks[2:] for key, value in read_block(data, *block)}
     header = entries.pop("", {})
     if header.get(1) != [1] or header.get(2, [0]) != [0]:
         raise ValueError("not a checkpoint index: one little-endian data file expected")
@@ -1002,19 +982,16 @@ def check_vocabulary(tokenizer, cfg):
 
 
 def convert_checkpoint(folder, path, about):
-    """Write OpenAI's checkpoint in `folder` as one `path`.npz: the whole model in one file.
+    """Write OpenAI's checkpoint in `folder` as one .npz, the whole model; `about`: a dict of name, verified, ...
 
-    Holds the tensors under GPTModel's names, hparams.json, encoder.json and vocab.bpe as bytes, and
-    `about` (a dict: name, verified, ...) as JSON. Raises ValueError if any tensor is damaged,
-    missing, of another shape, or left over.
+    Raises ValueError if any tensor is damaged, missing, of another shape, or left over.
     """
     folder = Path(folder)
-    for name in FILES_124M:
-        if not (folder / name).is_file() and name not in ("checkpoint", "model.ckpt.meta"):  # these two are not read
-            raise ValueError(f"{folder} is not a checkpoint in OpenAI's layout: it has no {name}")
     with reading(folder, "a checkpoint in OpenAI's layout"):
-        for name in (*TEXTS, INDEX_FILE):
-            if (size := (folder / name).stat().st_size) > SMALL:
+        for name in (*TEXTS, INDEX_FILE, DATA_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(f"it has no {name}")
+            if name != DATA_FILE and (size := (folder / name).stat().st_size) > SMALL:
                 raise ValueError(f"{name} has {size:,} bytes; OpenAI's largest has some 1,000,000")
         texts = {name: (folder / name).read_bytes() for name in TEXTS}
         for name, text in texts.items():
@@ -1086,8 +1063,6 @@ def load_pretrained(path, causal=True, random_seed=None):
         if random_seed is not None:
             torch.manual_seed(random_seed)
             return GPTModel(cfg).eval(), tokenizer, texts
-        if f"trf_blocks.{cfg.n_layers - 1}.norm1.scale" not in npz:
-            raise ValueError(f"hparams.json asks for {cfg.n_layers} layers, the tensors are fewer")
         params = {}
         for _, shape, names, transposed in checkpoint_tensors(cfg):
             *_, width = shape
@@ -1260,16 +1235,14 @@ def add_classification_head(model, num_classes, settings=FinetuneConfig()):
     By default the last block, the final norm and the head: 7,090,946 of the 124M's 124,441,346 parameters.
     """
     layers = settings.trainable_layers
-    for param in model.parameters():
-        param.requires_grad = layers == "all"
+    model.requires_grad_(layers == "all")
     torch.manual_seed(settings.seed)
     model.out_head = nn.Linear(model.cfg.emb_dim, num_classes)  # 50,257 next tokens become a few classes
     if layers == "lora":
         replace_linear_with_lora(model, settings.lora_rank, settings.lora_alpha)
     elif layers in ("last_block", "last_two_blocks"):
         for module in (*model.trf_blocks[-1 if layers == "last_block" else -2:], model.final_norm):
-            for param in module.parameters():
-                param.requires_grad = True
+            module.requires_grad_(True)
 
 
 def count_parameters(model):
@@ -1329,8 +1302,8 @@ def length_batches(lengths, tokens):
 
 
 def batch_tokens(device):
-    """Tokens that make a fast batch: on a CPU few, which stay in its cache (124M: 1,024 beat 4,096 by a fifth)."""
-    return 1024 if device.type == "cpu" else 16384
+    """Tokens that make a fast batch: on a CPU few, which stay in its cache (124M: 2,048 beat 1,024 and 4,096)."""
+    return 2048 if device.type == "cpu" else 16384
 
 
 def cache_trunk(model, inputs, cut, device, dtype="float32"):
@@ -1353,21 +1326,17 @@ def cache_trunk(model, inputs, cut, device, dtype="float32"):
         store = torch.from_numpy(np.memmap(file, np.uint8, "w+", shape=size)).view(kept).view(shape)
     else:
         store = torch.empty(shape, dtype=kept)
-    ends = np.cumsum(lengths)
-    views = [store[end - length:end] for end, length in zip(ends, lengths)]
+    views = store.split(lengths)  # one (tokens, emb) for each message
     with progress(len(ids), "frozen blocks", " messages") as bar:
         for turn, batch in enumerate(length_batches(lengths, batch_tokens(device))):
-            width = lengths[batch[-1]]
             if turn % world_size() == rank():
                 padded = nn.utils.rnn.pad_sequence([ids[i] for i in batch], batch_first=True).to(device)
-                hidden = trunk_output(model, padded, cut, dtype).to("cpu", kept)
+                hidden = trunk_output(model, padded, cut, dtype).to(kept)
             else:
-                hidden = torch.empty(len(batch), width, shape[1], dtype=kept)
+                hidden = torch.empty(len(batch), lengths[batch[-1]], shape[1], dtype=kept, device=device)
             if world_size() > 1:  # each batch is computed by one process and given to all
-                hidden = hidden.to(device)
                 torch.distributed.broadcast(hidden, turn % world_size())
-                hidden = hidden.cpu()
-            for i, states in zip(batch, hidden):
+            for i, states in zip(batch, hidden.cpu()):
                 views[i].copy_(states[:lengths[i]])
             bar.update(len(batch))
     views = iter(views)
@@ -1382,16 +1351,15 @@ def calc_logits(input_batch, at, model, device):
     Under torchrun each process computes its share of the rows and gets the others' logits, so that every
     process sees the logits of the whole batch, and the loss and accuracy above them need not know.
     """
+    if world_size() == 1:
+        return model(input_batch.to(device), at.to(device)).mean(dim=1)
     count, share = len(at), -(-len(at) // world_size())
     own = torch.arange(rank() * share, (rank() + 1) * share) % count  # the last share goes round to the start
-    own = own if world_size() > 1 else slice(None)
     logits = model(input_batch[own].to(device), at[own].to(device)).mean(dim=1)
-    if world_size() > 1:
-        parts = [torch.empty_like(logits) for _ in range(world_size())]
-        torch.distributed.all_gather(parts, logits.detach())
-        parts[rank()] = logits  # gradients flow to this process's rows; `finetune` adds up those of all
-        logits = torch.cat(parts)[:count]
-    return logits
+    parts = [torch.empty_like(logits) for _ in range(world_size())]
+    torch.distributed.all_gather(parts, logits.detach())
+    parts[rank()] = logits  # gradients flow to this process's rows; training adds up those of all
+    return torch.cat(parts)[:count]
 
 
 def calc_loss_batch(input_batch, at, target_batch, model, device, loss_fn=F.cross_entropy):
@@ -1439,14 +1407,12 @@ def calc_metrics(labels, probabilities, names):
     predicted = scores.argmax(axis=1)
     confusion = np.zeros((len(names), len(names)), int)
     np.add.at(confusion, (labels, predicted), 1)  # rows: true, columns: predicted
-    right, support = confusion.diagonal(), confusion.sum(axis=1)
-    rows = {"precision": right / np.maximum(1, confusion.sum(axis=0)), "recall": right / np.maximum(1, support)}
-    rows["f1"] = 2 * right / np.maximum(1, confusion.sum(axis=0) + support)
+    right, support, guesses = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    table = pd.DataFrame({"precision": right / np.maximum(1, guesses), "recall": right / np.maximum(1, support),
+                          "f1": 2 * right / np.maximum(1, guesses + support)}, index=names)
     metrics = {"accuracy": right.sum() / len(labels), "confusion": confusion.tolist(),
-               "classes": {name: {**{k: float(v[i]) for k, v in rows.items()}, "support": int(support[i])}
-                           for i, name in enumerate(names)},
-               "macro": {k: float(v.mean()) for k, v in rows.items()},
-               "weighted": {k: float(v @ support / len(labels)) for k, v in rows.items()}}
+               "classes": table.assign(support=support).to_dict("index"), "macro": table.mean().to_dict(),
+               "weighted": table.mul(support / len(labels), axis=0).sum().to_dict()}
     if len(names) == 2 and 0 < support[1] < len(labels):
         _, group, counts = np.unique(-scores[:, 1], return_inverse=True, return_counts=True)  # best first, ties as one
         hits = np.bincount(group, weights=labels)
@@ -1543,8 +1509,7 @@ def finetune(model, loaders, settings, device, class_weights=None, state_file=No
             if state["fingerprint"] != fingerprint:
                 raise ValueError("other settings, model or data")
             log, best = state["log"], state["best"]
-            for name, value in state["weights"].items():
-                trained[name].data.copy_(value)
+            model.load_state_dict(state["weights"], strict=False)  # what trains; the rest is there
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
             torch.set_rng_state(state["random"].cpu())
@@ -1574,8 +1539,7 @@ def finetune(model, loaders, settings, device, class_weights=None, state_file=No
         raise ValueError(f"the weights are no numbers after step {log['step']}: try a smaller --lr than {settings.lr}")
     if best["weights"]:
         print(f"keeping epoch {best['epoch']}, whose validation loss is {best['loss']:.3f}")
-        for name, value in best["weights"].items():
-            trained[name].data.copy_(value)
+        model.load_state_dict(best["weights"], strict=False)
     seconds = {"training": time.perf_counter() - started}
     print(f"Training completed in {seconds['training'] / 60:.2f} minutes.")
     started, final = time.perf_counter(), {}
@@ -1809,7 +1773,7 @@ def connect(model, datasets, settings, device, trunks=None):
         trunks = {} if trunks is None else trunks
         if key not in trunks:
             trunks[key] = cache_trunk(model, [dataset.inputs for dataset in datasets], cut, device, settings.dtype)
-        datasets = [dataset.with_inputs(inputs) for dataset, inputs in zip(datasets, trunks[key])]
+        datasets = [list(zip(states, dataset.at, dataset.labels)) for dataset, states in zip(datasets, trunks[key])]
     elif settings.cache:
         print(f"no cache: with {settings.trainable_layers} no block stays as it is" + (
             "; everything is computed in float32" if settings.dtype != "float32" else ""))
@@ -1857,27 +1821,17 @@ def pick_device(name="auto"):
     """cuda where there is one, else mps (from torch 2.9 on), else cpu; or the device of that name."""
     if name != "auto":
         try:
-            torch.empty(0, device=name)
+            return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"no device {name!r} here: {str(error).splitlines()[0]}") from None
-        return torch.device(name)
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     version = tuple(int(n) for n in torch.__version__.split("+")[0].split(".")[:2])
     return torch.device("mps" if torch.backends.mps.is_available() and version >= (2, 9) else "cpu")
 
 
-def require(module, flag):
-    """Raise ValueError if an optional package is missing."""
-    try:
-        __import__(module)
-    except ImportError:
-        raise ValueError(f"{flag} needs {module}: pip install {module}") from None
-
-
 def check_writable(path):
     """Raise OSError now, rather than after the training, if `path` cannot be written."""
-    path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder")
     if not path.exists() or path.is_file():
@@ -1890,16 +1844,15 @@ def find_data(name, data_dir, url=None, verify=True):
 
     "auto" is UCI's, or, when no address answers, the bundled sample.
     """
-    path = Path(data_dir) / "SMSSpamCollection.tsv"
-    urls = [f"{url.rstrip('/')}/static/public/228/sms+spam+collection.zip"] if url else DATA_URLS
-    if name == "auto" and not path.exists():
-        if bundled := bundled_file("data/sample_sms.tsv", path.parent, "download", urls):
-            return bundled
     if name not in ("auto", "sms"):
         if not Path(name).is_file():
             raise FileNotFoundError(f"no file {name}")
         return Path(name)
+    path = Path(data_dir) / "SMSSpamCollection.tsv"
     if not path.exists():
+        urls = [f"{url.rstrip('/')}/static/public/228/sms+spam+collection.zip"] if url else DATA_URLS
+        if name == "auto" and (bundled := bundled_file("data/sample_sms.tsv", path.parent, "download", urls)):
+            return bundled
         download_and_unzip_spam_data(urls, path, verify)
     return path
 
@@ -1912,11 +1865,12 @@ def find_inputs(args):
                 find_data(args.data, args.data_dir, args.data_url, args.verify))
 
 
-def default_settings(about):
-    """The finetuning settings that a model brings along, else the chapter's."""
-    defaults = {f.name: f.default for f in fields(FinetuneConfig)}
-    brought = {name: value for name, value in about["finetune"].items() if name in defaults}
-    return FinetuneConfig(**{name: type(defaults[name])(value) for name, value in brought.items()})
+def choose_settings(args, about):
+    """The settings that the command line named, else those that the model brings along, else the chapter's."""
+    brought, named, known = about["finetune"], vars(args), fields(FinetuneConfig)
+    settings = {f.name: type(f.default)(brought[f.name]) for f in known if f.name in brought}
+    settings |= {f.name: named[f.name] for f in known if f.name in named}
+    return FinetuneConfig(**settings)
 
 
 def describe_inputs(about, model_file, data):
@@ -1926,24 +1880,11 @@ def describe_inputs(about, model_file, data):
     return f"model {about['name']} ({model_file}), data {data}" + "".join(f"; {note}" for note in notes if note)
 
 
-def chosen_settings(args):
-    """The settings that the command line named."""
-    return {f.name: getattr(args, f.name) for f in fields(FinetuneConfig) if hasattr(args, f.name)}
-
-
-def show_untrained(model, tokenizer):
-    """Print what the chapter shows before finetuning: text that goes on, and no answer when asked about spam."""
-    print("Output text:", generate_text(model, tokenizer, "Every effort moves you", 15))
-    prompt = f"Is the following text 'spam'? Answer with 'yes' or 'no': '{SPAM_MESSAGE}'"
-    answer = generate_text(model, tokenizer, prompt, 23)[len(prompt):]
-    print(f"Asked whether a message is spam, it goes on: {answer!r}")
-
-
 def cmd_train(args):
     """Chapter 6 from top to bottom: data, model, new head, finetuning, accuracies, two messages classified."""
     out = args.out or args.weights_dir / "spam_classifier.pth"
-    if args.plot:
-        require("matplotlib", "--plot")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
     for path in (out, args.metrics, args.plot and args.plot / "loss-plot.png"):
         if path:
             check_writable(path)
@@ -1961,7 +1902,7 @@ def cmd_train(args):
 
     # 6.4 model and weights
     about = load_texts(model_file)[1]
-    settings = replace(default_settings(about), **chosen_settings(args))
+    settings = choose_settings(args, about)
     random_seed = settings.seed if settings.weights == "random" else None
     model, tokenizer, texts = load_pretrained(model_file, settings.causal_mask, random_seed)
     about = {**about, "inputs": describe_inputs(about, model_file, data), "test_data": str(args.test_data or "")}
@@ -1983,8 +1924,11 @@ def cmd_train(args):
           + f", labels {', '.join(labels)}, longest {datasets[0].max_length} tokens")
     lap("tokenizing")
 
-    # 6.4 sanity check, 6.5 head and frozen trunk
-    show_untrained(model.to(device), tokenizer)
+    # 6.4 sanity check (text that goes on, and no answer when asked about spam), 6.5 head and frozen trunk
+    print("Output text:", generate_text(model.to(device), tokenizer, "Every effort moves you", 15))
+    prompt = f"Is the following text 'spam'? Answer with 'yes' or 'no': '{SPAM_MESSAGE}'"
+    answer = generate_text(model, tokenizer, prompt, 23)[len(prompt):]
+    print(f"Asked whether a message is spam, it goes on: {answer!r}")
     lap("sanity check")
     add_classification_head(model, len(labels), settings)
     print("training {:,} of {:,} parameters".format(*count_parameters(model)))
@@ -2046,7 +1990,7 @@ def cmd_experiments(args):
     check_writable(out)
     model_file, data = find_inputs(args)
     about = load_texts(model_file)[1]
-    base = replace(default_settings(about), **chosen_settings(args))
+    base = choose_settings(args, about)
     run = json.dumps({"model": str(model_file), "data": str(data), **asdict(base)})
     kept = pd.read_csv(out).to_dict("records") if out.is_file() else []
     done = {row["row"]: row for row in kept if row.get("run") == run}
@@ -2189,63 +2133,56 @@ def build_parser():
     def command(run, help, model=False, data=False, classifier=False):
         sub = commands.add_parser(run.__name__[4:], help=help, description=run.__doc__)
         sub.set_defaults(run=run)
-        sub.add_argument("--weights-dir", type=Path, default=HERE / "weights",
-                         help="for models and classifiers (default: %(default)s)")
-        sub.add_argument("--no-verify", dest="verify", action="store_false",
-                         help="take downloads whatever their SHA-256 is")
-        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
+        add = sub.add_argument
+        add("--weights-dir", type=Path, default=HERE / "weights",
+            help="for models and classifiers (default: %(default)s)")
+        add("--no-verify", dest="verify", action="store_false", help="take downloads whatever their SHA-256 is")
+        add("--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: the best there is)")
         if model:
-            sub.add_argument("--model", default="auto", help=f"{', '.join(SIZES)}, a folder in OpenAI's layout, an "
-                             ".npz, or auto: what is there, else 124M, else (no network) the bundled (default: auto)")
-            sub.add_argument("--weights-url", metavar="URL", help="a mirror's address, before /gpt-2/models/...")
+            add("--model", default="auto", help=f"{', '.join(SIZES)}, a folder in OpenAI's layout, an .npz, "
+                "or auto: what is there, else 124M, else (no network) the bundled (default: auto)")
+            add("--weights-url", metavar="URL", help="a mirror's address, before /gpt-2/models/...")
         if data:
-            sub.add_argument("--data", default="auto", help="sms (UCI's collection), a file in its form, a CSV, TSV or "
-                             "JSON lines file with columns, or auto: sms, else (no network) bundled (default: auto)")
-            sub.add_argument("--data-url", metavar="URL", help="a mirror's address, before /static/public/228/...")
-            sub.add_argument("--data-dir", type=Path, default=HERE / "data",
-                             help="for the messages (default: %(default)s)")
-            sub.add_argument("--label-column", metavar="NAME", help="default: label, in any case")
+            add("--data", default="auto", help="sms (UCI's collection), a file in its form, a CSV, TSV or "
+                "JSON lines file with columns, or auto: sms, else (no network) bundled (default: auto)")
+            add("--data-url", metavar="URL", help="a mirror's address, before /static/public/228/...")
+            add("--data-dir", type=Path, default=HERE / "data", help="for the messages (default: %(default)s)")
+            add("--label-column", metavar="NAME", help="default: label, in any case")
         if data or run is cmd_classify:
-            sub.add_argument("--text-column", metavar="NAME", help="default: text, in any case")
+            add("--text-column", metavar="NAME", help="default: text, in any case")
         if classifier:
-            sub.add_argument("--classifier", type=Path, metavar="FILE",
-                             help="default: spam_classifier.pth in the weights folder")
-        return sub
+            add("--classifier", **file, help="default: spam_classifier.pth in the weights folder")
+        if model and data:  # what finetunes
+            add_settings(sub)
+        return add
 
-    sub = command(cmd_train, "finetune and save a classifier", model=True, data=True)
-    sub.add_argument("--test-data", type=Path, metavar="FILE", help="messages for the test, not a fifth of --data")
-    sub.add_argument("--out", type=Path, metavar="FILE",
-                     help="the classifier (default: spam_classifier.pth in the weights folder)")
-    sub.add_argument("--metrics", type=Path, metavar="FILE", help="write losses, accuracies, seconds, settings as JSON")
-    sub.add_argument("--plot", type=Path, metavar="DIR", help="write loss-plot.png and accuracy-plot.png")
-    sub.add_argument("--resume", action="store_true", help="go on after the last finished epoch of an interrupted run")
-    sub.add_argument("--keep-checkpoint", action="store_true", help="keep the raw checkpoint after its conversion")
-    add_settings(sub)
-    sub = command(cmd_evaluate, "measure a classifier", data=True, classifier=True)
-    sub.add_argument("--split", choices=("train", "validation", "test", "all"), default="test",
-                     help="default: %(default)s")
-    sub.add_argument("--format", choices=("text", "json"), default="text", help="default: %(default)s")
-    sub = command(cmd_classify, "label texts", classifier=True)
-    sub.add_argument("texts", nargs="*", metavar="TEXT")
-    sub.add_argument("--input", type=Path, metavar="FILE",
-                     help="a text a line, or .csv, .tsv, .jsonl with a text column; -: standard input")
-    sub.add_argument("--input-format", choices=("lines", "csv", "tsv", "jsonl"),
-                     help="default: by the name of --input, else lines")
-    sub.add_argument("--output", type=Path, metavar="FILE", help="default: -, standard output")
-    sub.add_argument("--format", choices=("text", "csv", "jsonl"), default="text", help="default: %(default)s")
-    sub.add_argument("--threshold", type=float, metavar="P",
-                     help="call it the second label (spam) from this probability on")
-    sub.add_argument("--strict", action="store_true", help="stop at a broken row instead of passing it over")
-    sub = command(cmd_generate, "continue a text with the pretrained model", model=True)
-    sub.add_argument("prompt", nargs="?", default="Every effort moves you", help="default: %(default)s")
-    sub.add_argument("--tokens", type=int, default=15, help="how many to add (default: %(default)s)")
-    sub = command(cmd_convert, "download and convert a checkpoint", model=True)
-    sub.add_argument("--keep-checkpoint", action="store_true", help="keep the raw checkpoint after its conversion")
-    sub = command(cmd_experiments, "the book's nineteen experiments as a table", model=True, data=True)
-    sub.add_argument("--rows", metavar="1,2,16", help="default: all whose model is there")
-    sub.add_argument("--out", type=Path, metavar="FILE",
-                     help="keep the rows as CSV (default: experiments.csv in the weights folder)")
-    add_settings(sub)
+    file = {"type": Path, "metavar": "FILE"}
+    add = command(cmd_train, "finetune and save a classifier", model=True, data=True)
+    add("--test-data", **file, help="messages for the test, not a fifth of --data")
+    add("--out", **file, help="the classifier (default: spam_classifier.pth in the weights folder)")
+    add("--metrics", **file, help="write losses, accuracies, seconds, settings as JSON")
+    add("--plot", type=Path, metavar="DIR", help="write loss-plot.png and accuracy-plot.png")
+    add("--resume", action="store_true", help="go on after the last finished epoch of an interrupted run")
+    add("--keep-checkpoint", action="store_true", help="keep the raw checkpoint after its conversion")
+    add = command(cmd_evaluate, "measure a classifier", data=True, classifier=True)
+    add("--split", choices=("train", "validation", "test", "all"), default="test", help="default: %(default)s")
+    add("--format", choices=("text", "json"), default="text", help="default: %(default)s")
+    add = command(cmd_classify, "label texts", classifier=True)
+    add("texts", nargs="*", metavar="TEXT")
+    add("--input", **file, help="a text a line, or .csv, .tsv, .jsonl with a text column; -: standard input")
+    add("--input-format", choices=("lines", "csv", "tsv", "jsonl"), help="default: by the name of --input, else lines")
+    add("--output", **file, help="default: -, standard output")
+    add("--format", choices=("text", "csv", "jsonl"), default="text", help="default: %(default)s")
+    add("--threshold", type=float, metavar="P", help="call it the second label (spam) from this probability on")
+    add("--strict", action="store_true", help="stop at a broken row instead of passing it over")
+    add = command(cmd_generate, "continue a text with the pretrained model", model=True)
+    add("prompt", nargs="?", default="Every effort moves you", help="default: %(default)s")
+    add("--tokens", type=int, default=15, help="how many to add (default: %(default)s)")
+    add = command(cmd_convert, "download and convert a checkpoint", model=True)
+    add("--keep-checkpoint", action="store_true", help="keep the raw checkpoint after its conversion")
+    add = command(cmd_experiments, "the book's nineteen experiments as a table", model=True, data=True)
+    add("--rows", metavar="1,2,16", help="default: all whose model is there")
+    add("--out", **file, help="keep the rows as CSV (default: experiments.csv in the weights folder)")
     return parser
 
 

@@ -935,7 +935,7 @@ def test_without_any_network_the_bundled_model_and_messages_are_used_and_named(t
         assert done.stdout.count(note) == 2  # at the start, and beside the final figures
         assert note in json.loads((tmp_path / "m.json").read_text())["note"]
         assert note in torch.load(tmp_path / "w" / "spam_classifier.pth", weights_only=True)["about"]["inputs"]
-    assert "lr 0.0005" in done.stdout and "warmup 0.1" in done.stdout  # the model's own defaults
+    assert "lr 0.001" in done.stdout and "warmup 0.1" in done.stdout  # the model's own defaults
     named = run("train", *places, "--model", "124M")
     assert named.returncode == 2 and "cannot download" in named.stderr
     (tmp_path / "w" / "124M.download").mkdir(exist_ok=True)

@@ -31,7 +31,7 @@ import gpt_spam  # noqa: E402
 
 CONFIG = gpt_spam.GPTConfig(vocab_size=4096, context_length=256, emb_dim=256, n_heads=8, n_layers=4, drop_rate=0.1)
 # What suits this model when it is finetuned; kept in the .npz, where `train` finds it.
-FINETUNE = {"lr": 5e-4, "warmup": 0.1, "decay": True}
+FINETUNE = {"lr": 1e-3, "warmup": 0.1, "decay": True}
 NOT_A_TARGET = -100  # cross-entropy's ignore_index
 SEGMENT = 500        # steps between two saved states
 
