@@ -128,6 +128,8 @@ def test_counts_of_the_sms_spam_collection():
     df = g.read_messages(HERE / "data" / "SMSSpamCollection.tsv")
     assert df["Label"].value_counts().to_dict() == {"ham": 4825, "spam": 747}
     assert [len(s) for s in g.prepare_splits(df)[0]] == [1045, 149, 300]
+    for file in (SAMPLE, HERE / "weights" / "messages.tsv"):  # the bundled model has seen none of it
+        assert not g.read_messages(file)["Text"].isin(df["Text"]).any()
 
 
 @pytest.mark.parametrize("content, said", [
@@ -155,6 +157,8 @@ def test_no_two_bundled_messages_are_alike_and_the_split_leaks_none():
             holders.setdefault(word, []).append(i)
     frames, _ = g.prepare_splits(df)
     assert pd.concat(frames)["Text"].is_unique
+    for_pretraining = g.read_messages(HERE / "weights" / "messages.tsv")["Text"]
+    assert for_pretraining.is_unique and not for_pretraining.isin(df["Text"]).any()
 
 
 # ---- 6.3 Tokenizer and loaders ----
