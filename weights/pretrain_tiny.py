@@ -44,7 +44,10 @@ def train_bpe(texts, vocab_size):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     order = printable + [b for b in range(256) if b not in printable]
     character = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(order[len(printable):])}
-    words = Counter(word for text, weight in texts for word in regex.findall(gpt_spam.GPT2_SPLIT, text) for _ in range(weight))
+    words = Counter()
+    for text, weight in texts:
+        for word in regex.findall(gpt_spam.GPT2_SPLIT, text):
+            words[word] += weight
     pieces = [[character[b] for b in word.encode()] for word in words]
     counts = list(words.values())
     pairs, where = Counter(), defaultdict(set)
@@ -99,12 +102,17 @@ def as_typed_on_a_phone(text, rng):
     return text.replace("'", "") if rng.random() < 0.15 else text
 
 
-def make_stream(documents, tokenizer, rng):
-    """Return all passages, shuffled, as one tensor of ids, an end of text before each."""
-    texts = [as_typed_on_a_phone(text, rng) for text in documents]
-    rng.shuffle(texts)
+def make_ids(texts, tokenizer):
+    """Return all texts as one tensor of ids, an end of text before each."""
     encoded = tokenizer.encode_ordinary_batch(texts, num_threads=2)
     return torch.tensor([i for ids in encoded for i in [tokenizer.eot_token, *ids]])
+
+
+def make_stream(documents, tokenizer, rng):
+    """Return the ids of all passages, shuffled and with fresh noise."""
+    texts = [as_typed_on_a_phone(text, rng) for text in documents]
+    rng.shuffle(texts)
+    return make_ids(texts, tokenizer)
 
 
 def message_window(messages, tokenizer, tokens, rng):
@@ -120,7 +128,8 @@ def message_window(messages, tokenizer, tokens, rng):
             text = as_typed_on_a_phone(text, rng)
         if rng.random() < 0.5:
             text = re.sub(r"\d", lambda _: str(rng.randrange(10)), text)
-        ids += tokenizer.encode_ordinary(text) + [tokenizer.eot_token] * (1 if rng.random() < 0.5 else rng.randrange(1, 160))
+        run = 1 if rng.random() < 0.5 else rng.randrange(1, 160)
+        ids += tokenizer.encode_ordinary(text) + [tokenizer.eot_token] * run
     return torch.tensor(ids[:tokens + 1])
 
 
@@ -194,8 +203,7 @@ def main():
         weighted = [(d, 1) for d in documents] + [(text, 3) for same in messages for text in same]
         encoder, merges = train_bpe(weighted, CONFIG.vocab_size)
     tokenizer = gpt_spam.build_tokenizer(encoder, merges)
-    validation = {name: torch.tensor([i for text in texts for i in [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]])
-                  for name, texts in (("books", held_out), ("messages", sample[1]["Text"]))}
+    validation = {"books": make_ids(held_out, tokenizer), "messages": make_ids(sample[1]["Text"].tolist(), tokenizer)}
 
     torch.manual_seed(args.seed)
     model = gpt_spam.GPTModel(CONFIG)
@@ -215,8 +223,8 @@ def main():
             optimizer.load_state_dict(saved)
         step, history = state["step"], state["history"]
         print(f"going on from step {step}", flush=True)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {sum(map(len, messages)):,} messages; validation "
-          + ", ".join(f"{name} {len(stream):,} tokens" for name, stream in validation.items()), flush=True)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {sum(map(len, messages)):,} messages; "
+          f"validation tokens: {', '.join(f'{name} {len(ids):,}' for name, ids in validation.items())}", flush=True)
     started, first = time.time(), step
     while step < args.steps:
         torch.manual_seed(args.seed + step)  # dropout does not depend on a break before it
@@ -237,16 +245,19 @@ def main():
                 pace = (time.time() - started) / (step - first)
                 print(f"step {step}/{args.steps}: loss {loss:.3f}, {pace:.2f} s a step, "
                       f"{(args.steps - step) * pace / 60:.0f} min left", flush=True)
-        history.append({"step": step, **{name: validate(model, ids, CONFIG.context_length) for name, ids in validation.items()}})
-        print("validation " + ", ".join(f"{name} {value:.3f}" for name, value in history[-1].items()), flush=True)
+        losses = {name: validate(model, ids, CONFIG.context_length) for name, ids in validation.items()}
+        history.append({"step": step, **losses})
+        print("validation " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()), flush=True)
         with gpt_spam.atomic_write(state_file) as temporary:
             torch.save({"encoder": encoder, "merges": merges, "model": model.state_dict(), "step": step,
-                        "optimizers": [optimizer.state_dict() for optimizer in optimizers], "history": history}, temporary)
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                        "history": history}, temporary)
 
     arrays = {name: p.numpy().astype(np.float16) for name, p in model.state_dict().items() if name != "out_head.weight"}
     hparams = {"n_vocab": CONFIG.vocab_size, "n_ctx": CONFIG.context_length, "n_embd": CONFIG.emb_dim,
                "n_head": CONFIG.n_heads, "n_layer": CONFIG.n_layers}
-    texts = {"hparams.json": json.dumps(hparams).encode(), "encoder.json": encoder.encode(), "vocab.bpe": merges.encode()}
+    texts = {"hparams.json": json.dumps(hparams).encode(), "encoder.json": encoder.encode(),
+             "vocab.bpe": merges.encode()}
     about = {"name": "tiny", "note": "bundled tiny model: figures are not GPT-2's", "finetune": FINETUNE}
     gpt_spam.save_pretrained(args.out, arrays, texts, about, np.savez_compressed)
     loaded, *_ = gpt_spam.load_pretrained(args.out)
