@@ -1060,9 +1060,6 @@ def load_pretrained(path, causal=True, random_seed=None):
     with reading(path, "a model converted by this file"), np.load(path, allow_pickle=False) as npz:
         cfg = replace(config_from_hparams(json.loads(texts.pop("hparams.json"))), causal=causal)
         check_vocabulary(tokenizer := build_tokenizer(*texts.values()), cfg)
-        if random_seed is not None:
-            torch.manual_seed(random_seed)
-            return GPTModel(cfg).eval(), tokenizer, texts
         params = {}
         for _, shape, names, transposed in checkpoint_tensors(cfg):
             *_, width = shape
@@ -1074,6 +1071,9 @@ def load_pretrained(path, causal=True, random_seed=None):
                 if array.shape != shape or array.dtype not in (np.float32, np.float16):
                     raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, expected float {list(shape)}")
                 params[name] = torch.from_numpy(array).float()  # float32 is not copied
+    if random_seed is not None:  # only now: the tensors have shown that the sizes in hparams.json are true
+        torch.manual_seed(random_seed)
+        return GPTModel(cfg).eval(), tokenizer, texts
     with SkipInit():
         model = GPTModel(cfg)
     load_weights_into_gpt(model, params)
@@ -1503,13 +1503,18 @@ def finetune(model, loaders, settings, device, class_weights=None, state_file=No
     loss_fn = partial(F.cross_entropy, ignore_index=settings.ignore_index,
                       weight=None if class_weights is None else class_weights.to(device))
     log, best = {}, {"loss": math.inf, "epoch": 0, "weights": {}}
+
+    def put_back(weights):
+        for name, value in weights.items():
+            trained[name].data.copy_(value)
+
     if state_file and state_file.exists():
         with reading(state_file, "the state of a run with these settings (remove it, or leave out --resume)"):
             state = torch.load(state_file, map_location=device, weights_only=True)
             if state["fingerprint"] != fingerprint:
                 raise ValueError("other settings, model or data")
             log, best = state["log"], state["best"]
-            model.load_state_dict(state["weights"], strict=False)  # what trains; the rest is there
+            put_back(state["weights"])
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
             torch.set_rng_state(state["random"].cpu())
@@ -1539,7 +1544,7 @@ def finetune(model, loaders, settings, device, class_weights=None, state_file=No
         raise ValueError(f"the weights are no numbers after step {log['step']}: try a smaller --lr than {settings.lr}")
     if best["weights"]:
         print(f"keeping epoch {best['epoch']}, whose validation loss is {best['loss']:.3f}")
-        model.load_state_dict(best["weights"], strict=False)
+        put_back(best["weights"])
     seconds = {"training": time.perf_counter() - started}
     print(f"Training completed in {seconds['training'] / 60:.2f} minutes.")
     started, final = time.perf_counter(), {}

@@ -403,6 +403,11 @@ def test_an_npz_that_does_not_fit_its_hparams(tmp_path, micro):
         np.savez(tmp_path / "bad.npz", **{**arrays, name: wrong})
         with pytest.raises(ValueError):
             g.load_pretrained(tmp_path / "bad.npz")
+    hparams = arrays["hparams.json"].tobytes().replace(b'"n_layer": 2', b'"n_layer": 99')
+    np.savez(tmp_path / "bad.npz", **{**arrays, "hparams.json": np.frombuffer(hparams, np.uint8)})
+    for random_seed in (None, 1):  # random weights, too, are made only as large as the tensors say
+        with pytest.raises(ValueError, match="trf_blocks.2"):
+            g.load_pretrained(tmp_path / "bad.npz", random_seed=random_seed)
 
 
 # ---- 6.5 to 6.8 ----

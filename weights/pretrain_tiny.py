@@ -190,10 +190,10 @@ def main():
     args = parser.parse_args()
 
     documents, held_out = read_documents(args.texts)
-    sample = gpt_spam.prepare_splits(gpt_spam.read_messages(args.sample))[0]
+    (sample, sample_validation, _), labels = gpt_spam.prepare_splits(gpt_spam.read_messages(args.sample))
     frames = [gpt_spam.read_messages(file) for file in args.messages]
-    messages = [[text for frame in frames for text in frame["Text"][frame["Label"] == label]]
-                + sample[0]["Text"][sample[0]["Label"] == i].tolist() for i, label in enumerate(("ham", "spam"))]
+    frames.append(sample.assign(Label=[labels[i] for i in sample["Label"]]))
+    messages = [[text for frame in frames for text in frame["Text"][frame["Label"] == label]] for label in labels]
     state_file = args.out.with_suffix(".state.pt")
     state = torch.load(state_file, weights_only=True) if state_file.exists() else None
     if state:
@@ -203,7 +203,8 @@ def main():
         weighted = [(d, 1) for d in documents] + [(text, 3) for same in messages for text in same]
         encoder, merges = train_bpe(weighted, CONFIG.vocab_size)
     tokenizer = gpt_spam.build_tokenizer(encoder, merges)
-    validation = {"books": make_ids(held_out, tokenizer), "messages": make_ids(sample[1]["Text"].tolist(), tokenizer)}
+    validation = {"books": make_ids(held_out, tokenizer),
+                  "messages": make_ids(sample_validation["Text"].tolist(), tokenizer)}
 
     torch.manual_seed(args.seed)
     model = gpt_spam.GPTModel(CONFIG)
@@ -216,12 +217,12 @@ def main():
     optimizers = [torch.optim.Muon(blocks, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW([{"params": embeddings}, {"params": vectors, "weight_decay": 0.0}],
                                     lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)]
-    step, history = 0, []
+    step = 0
     if state:
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        step, history = state["step"], state["history"]
+        step = state["step"]
         print(f"going on from step {step}", flush=True)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {sum(map(len, messages)):,} messages; "
           f"validation tokens: {', '.join(f'{name} {len(ids):,}' for name, ids in validation.items())}", flush=True)
@@ -246,12 +247,10 @@ def main():
                 print(f"step {step}/{args.steps}: loss {loss:.3f}, {pace:.2f} s a step, "
                       f"{(args.steps - step) * pace / 60:.0f} min left", flush=True)
         losses = {name: validate(model, ids, CONFIG.context_length) for name, ids in validation.items()}
-        history.append({"step": step, **losses})
-        print("validation " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()), flush=True)
+        print("validation " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()), flush=True)
         with gpt_spam.atomic_write(state_file) as temporary:
             torch.save({"encoder": encoder, "merges": merges, "model": model.state_dict(), "step": step,
-                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                        "history": history}, temporary)
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, temporary)
 
     arrays = {name: p.numpy().astype(np.float16) for name, p in model.state_dict().items() if name != "out_head.weight"}
     hparams = {"n_vocab": CONFIG.vocab_size, "n_ctx": CONFIG.context_length, "n_embd": CONFIG.emb_dim,
