@@ -6,11 +6,12 @@
 
     python weights/pretrain_tiny.py corpus/*.txt
 
-Needs about an hour on 2 cores. Stopped, it goes on from its last saved state when started again.
+Needs about an hour on 2 cores. Stopped, it resumes from its last saved state when started again.
 The model is gpt_spam's GPTModel; weights/README.md is its model card.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import random
@@ -31,7 +32,7 @@ import gpt_spam  # noqa: E402
 
 CONFIG = gpt_spam.GPTConfig(vocab_size=4096, context_length=256, emb_dim=256, n_heads=8, n_layers=4, drop_rate=0.1)
 # What suits this model when it is finetuned; kept in the .npz, where `train` finds it.
-FINETUNE = {"lr": 1e-3, "warmup": 0.1, "decay": True}
+FINETUNE = {"lr": 1e-3, "schedule": "linear"}
 NOT_A_TARGET = -100  # cross-entropy's ignore_index
 SEGMENT = 500        # steps between two saved states
 
@@ -190,9 +191,8 @@ def main():
     args = parser.parse_args()
 
     documents, held_out = read_documents(args.texts)
-    (sample, sample_validation, _), labels = gpt_spam.prepare_splits(gpt_spam.read_messages(args.sample))
-    frames = [gpt_spam.read_messages(file) for file in args.messages]
-    frames.append(sample.assign(Label=[labels[i] for i in sample["Label"]]))
+    (sample, sample_validation, _), labels, _ = gpt_spam.prepare_splits(gpt_spam.read_messages(args.sample))
+    frames = [*map(gpt_spam.read_messages, args.messages), sample]
     messages = [[text for frame in frames for text in frame["Text"][frame["Label"] == label]] for label in labels]
     state_file = args.out.with_suffix(".state.pt")
     state = torch.load(state_file, weights_only=True) if state_file.exists() else None
@@ -223,7 +223,7 @@ def main():
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         step = state["step"]
-        print(f"going on from step {step}", flush=True)
+        print(f"resuming from step {step}", flush=True)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters; {sum(map(len, messages)):,} messages; "
           f"validation tokens: {', '.join(f'{name} {len(ids):,}' for name, ids in validation.items())}", flush=True)
     started, first = time.time(), step
@@ -255,12 +255,14 @@ def main():
     arrays = {name: p.numpy().astype(np.float16) for name, p in model.state_dict().items() if name != "out_head.weight"}
     hparams = {"n_vocab": CONFIG.vocab_size, "n_ctx": CONFIG.context_length, "n_embd": CONFIG.emb_dim,
                "n_head": CONFIG.n_heads, "n_layer": CONFIG.n_layers}
-    texts = {"hparams.json": json.dumps(hparams).encode(), "encoder.json": encoder.encode(),
-             "vocab.bpe": merges.encode()}
-    about = {"name": "tiny", "note": "bundled tiny model: figures are not GPT-2's", "finetune": FINETUNE}
-    gpt_spam.save_pretrained(args.out, arrays, texts, about, np.savez_compressed)
-    loaded, *_ = gpt_spam.load_pretrained(args.out)
-    print(f"{args.out}: {args.out.stat().st_size:,} bytes, SHA-256 {gpt_spam.file_sha256(args.out)}")
+    texts = {"hparams.json": json.dumps(hparams), "encoder.json": encoder, "vocab.bpe": merges,
+             "about.json": json.dumps({"name": "tiny", "finetune": FINETUNE})}
+    arrays |= {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
+    with gpt_spam.atomic_write(args.out) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    loaded, _ = gpt_spam.load_pretrained(args.out)
+    sha256 = hashlib.sha256(args.out.read_bytes()).hexdigest()
+    print(f"{args.out}: {args.out.stat().st_size:,} bytes, SHA-256 {sha256}")
     for name, ids in validation.items():
         loss = validate(loaded, ids, CONFIG.context_length)
         print(f"validation loss on {name} {loss:.3f}, perplexity {math.exp(loss):.1f}")
