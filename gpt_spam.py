@@ -115,7 +115,7 @@ def read_messages(path, text_column=None, label_column=None):
         if start.startswith("{"):
             df = pd.read_json(path, lines=True, dtype=False, encoding_errors="replace")
         else:
-            # pandas' default quoting glues some of UCI's messages together, as in the chapter: 5,572 rows, not 5,574.
+            # pandas' default quoting glues some of UCI's messages together: 5,572 rows, not 5,574.
             names = ["label", "text"] if start.startswith(("ham\t", "spam\t")) else None
             df = pd.read_csv(path, sep="\t" if "\t" in start else ",", names=names, dtype=str, keep_default_na=False,
                              encoding_errors="replace")
@@ -245,7 +245,7 @@ class GPTConfig:
     n_layers: int = 12
     drop_rate: float = 0.0  # as in the chapter
     qkv_bias: bool = True
-    causal: bool = True  # attention to earlier tokens only
+    causal: bool = True  # earlier tokens only
 
 
 class MultiHeadAttention(nn.Module):
@@ -644,7 +644,7 @@ class LabelLogits(nn.Module):
 
 
 def length_batches(lengths, device):
-    """Return batches of rows of similar length."""
+    """Return batches of rows alike in length."""
     batches, max_tokens = [[]], 2048 if device.type == "cpu" else 16384  # what stays in a CPU's cache is fastest
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batches[-1] and (len(batches[-1]) + 1) * lengths[row] > max_tokens:
@@ -716,7 +716,7 @@ def download(urls, path, check):
                         file.write(chunk)
             check(part)
             return os.replace(part, path)
-        except requests.RequestException as error:  # others, as a full disk, get out
+        except requests.RequestException as error:
             failures[url] = getattr(error.response, "status_code", type(error).__name__)
         except ValueError as error:
             part.unlink()
@@ -855,7 +855,7 @@ def cmd_train(args, in_experiments=False):
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise PermissionError(f"cannot write {out}")  # before the training
-    for turn in range(WORLD_SIZE):  # one after the other: the first downloads
+    for turn in range(WORLD_SIZE):  # the first one downloads
         if turn == RANK:
             model_file, data_file = find_model(args), find_data(args)
         if WORLD_SIZE > 1:
@@ -941,10 +941,11 @@ def cmd_train(args, in_experiments=False):
     torch.manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(
         trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda"))
-    steps, start = settings.epochs * math.ceil(len(loaders[0]) / settings.accumulation_steps), time.perf_counter()
+    steps = max(1, settings.epochs * math.ceil(len(loaders[0]) / settings.accumulation_steps))
     factors = {"constant": lambda step: 1.0,
                "linear": lambda step: min(1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))}
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors[settings.schedule])
+    start = time.perf_counter()
     log = train_classifier_simple(
         label_logits, *loaders[:2], optimizer, device, settings.epochs, settings.eval_freq, settings.eval_iter,
         loss_fn, scheduler, settings.accumulation_steps)
@@ -1005,7 +1006,7 @@ def cmd_evaluate(args):
     path = find_data(args)
     df = read_messages(path, *(getattr(args, name) or about.get(name) for name in ("text_column", "label_column")))
     if split != "all":
-        df = prepare_splits(df, about["balance"], about["dedupe"])[0][SPLITS.index(split)]
+        df = prepare_splits(df, about.get("balance", "auto"), about.get("dedupe"))[0][SPLITS.index(split)]
     if unknown := sorted(set(df["Label"]) - set(labels)):
         raise ValueError(f"labels {unknown[:5]} of {path} are not among {labels}")
     probabilities = predict(df["Text"].tolist(), model, tokenizer, args.device, **options)
@@ -1119,13 +1120,15 @@ def main(argv=None):
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if RANK:
-            sys.stdout = open(os.devnull, "w")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
         args.device, args.argv = pick_device(args.device), argv or sys.argv[1:]
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError, ImportError) as error:
         print(f"gpt_spam: error: {error}", file=sys.stderr)
         return 2
