@@ -69,10 +69,10 @@ class FinetuneConfig:
     context_length: str = setting("longest", "that length: longest (training message), model (its maximum) or N")
     balance: str = setting(
         "auto", "auto: undersample ham and spam, else weight the loss", "auto", "undersample", "weights", "none")
-    dedupe: bool = setting(False, "drop repeated texts before the split")
+    dedupe: bool = setting(False, "drop repeated texts first")
     ignore_index: int = setting(-100, "label ignored by the loss")
     dtype: str = setting("float32", "of the frozen blocks", "float32", "bfloat16")
-    cache: bool = setting(True, "compute frozen blocks once per message, not at each step")
+    cache: bool = setting(True, "compute frozen blocks only once per message")
 
     def __post_init__(self):
         for name in ("batch_size", "accumulation_steps", "eval_freq", "eval_iter", "lora_rank"):
@@ -157,7 +157,7 @@ def prepare_splits(df, balance="auto", dedupe=False, test=None):
     """Return ([train, validation, test] frames, labels, class weights or None); `test`: a given test frame."""
     labels = sorted(df["Label"].unique())
     if len(labels) < 2 or len(df) < 20:
-        raise ValueError(f"{len(df)} messages with labels {labels[:5]}; at least 20 with two labels are needed")
+        raise ValueError(f"{len(df)} messages with labels {labels[:5]}; 20 with two labels are needed")
     if test is not None and (unknown := sorted(set(test["Label"]) - set(labels))):
         raise ValueError(f"test labels {unknown[:5]} are not among {labels}")
     if dedupe:
@@ -188,7 +188,7 @@ def build_tokenizer(encoder_json, vocab_bpe):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    # In the order of ids: 256 bytes, the merges, the end of text.
+    # In order of ids: bytes, merges, end of text.
     tokens = [*byte_of, *(line.replace(" ", "") for line in vocab_bpe.split("\n")[1:] if line)]
     if json.loads(encoder_json) != {token: i for i, token in enumerate([*tokens, END_OF_TEXT])}:
         raise ValueError("encoder.json and vocab.bpe do not belong together")
@@ -351,7 +351,7 @@ def read_config(hparams_json):
 
 
 def convert_checkpoint(folder, path):
-    """Write OpenAI's checkpoint in `folder` as one .npz: its tensors by our names, and its text files."""
+    """Write OpenAI's checkpoint as one .npz: tensors by our names, and text files."""
     with reading(folder, "a checkpoint in OpenAI's layout"):
         texts = {name: (folder / name).read_text("utf-8") for name in TEXT_FILES}
         cfg, arrays, tensors = read_config(texts["hparams.json"]), {}, {}
@@ -452,11 +452,17 @@ def merge_lora(model):
 
 # ---- 6.6 Loss and accuracy: accuracy is reported, cross-entropy is optimised ----
 
-# A batch is (*inputs, labels), and model(*inputs) gives logits (batch, classes): the chapter's pairs and our triples.
+# A batch is (*inputs, labels): the chapter's pairs, or SpamDataset's triples.
+
+def calc_logits(input_batch, model, device):
+    """Return logits (batch, classes) of a tensor, or of a list of tensors that are the model's arguments."""
+    inputs = [input_batch] if torch.is_tensor(input_batch) else input_batch
+    return model(*(tensor.to(device) for tensor in inputs))
+
 
 def calc_loss_batch(input_batch, target_batch, model, device, loss_fn=F.cross_entropy):
-    """Cross-entropy of a batch: accuracy itself has no gradient. `input_batch`: a list of tensors."""
-    return loss_fn(model(*(inputs.to(device) for inputs in input_batch)), target_batch.to(device))
+    """Cross-entropy of a batch: accuracy itself has no gradient."""
+    return loss_fn(calc_logits(input_batch, model, device), target_batch.to(device))
 
 
 @torch.no_grad()
@@ -474,8 +480,8 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
     model.eval()
     correct = examples = 0
     for *input_batch, target_batch in islice(data_loader, num_batches):
-        logits = model(*(inputs.to(device) for inputs in input_batch))
-        correct += (logits.argmax(dim=-1) == target_batch.to(device)).sum().item()
+        predicted = calc_logits(input_batch, model, device).argmax(dim=-1)
+        correct += (predicted == target_batch.to(device)).sum().item()
         examples += len(target_batch)
     return mean_over_processes(correct, examples)
 
@@ -529,7 +535,7 @@ def plot_values(epochs_seen, examples_seen, train_values, val_values, label="los
     ax1.set(xlabel="Epochs", ylabel=label.capitalize())
     ax1.legend()
     ax2 = ax1.twiny()
-    ax2.plot(examples_seen, train_values, alpha=0)  # invisible; aligns the ticks
+    ax2.plot(examples_seen, train_values, alpha=0)  # aligns the ticks
     ax2.set_xlabel("Examples seen")
     fig.tight_layout()
     return fig
@@ -594,8 +600,7 @@ def load_classifier(path, pretrained=None):
 
 def last_block_at(block, x, positions):
     """Return `block(x)` at positions (batch,): x (batch, tokens, emb) gives (batch, emb)."""
-    # As q.(W_k x) = (W_k^T q).x, keys and values are never materialised: 3.4 million multiplications, not 142 million,
-    # for 120 tokens in the 124M.
+    # As q.(W_k x) = (W_k^T q).x, keys and values are never materialised: 3.4 million products, not 142, in the 124M.
     att, (batch, tokens, emb) = block.att, x.shape
     shortcut, x = read_at(x, positions), block.norm1(x)
     key, value = (layer.weight.view(att.num_heads, -1, emb) for layer in (att.W_key, att.W_value))
@@ -634,7 +639,7 @@ class LabelLogits(nn.Module):
         blocks = list(self.model.trf_blocks[self.num_frozen if cached else 0:])
         last = blocks.pop() if blocks and self.fast and self.pooling == "none" else None
         for block in blocks:
-            x = block(x.to(block.norm1.scale.dtype))  # frozen blocks may be bfloat16
+            x = block(x.to(block.norm1.scale.dtype))  # some may be bfloat16
         if last:
             x = last_block_at(last, x.to(last.norm1.scale.dtype), positions)
         logits = self.model.out_head(self.model.final_norm(x.float()))
@@ -671,7 +676,7 @@ def cache_hidden_states(model, datasets, num_frozen, device):
 # ---- Metrics: what accuracy hides when classes are unequal ----
 
 def calc_metrics(labels, predicted, names):
-    """Return accuracy, precision, recall, F1 and support by class, and the confusion matrix (rows: true)."""
+    """Return accuracy, precision, recall, F1 and support by class, and the confusion matrix."""
     counts = np.zeros((len(names), len(names)), int)
     np.add.at(counts, (labels, predicted), 1)
     confusion, right = pd.DataFrame(counts, names, names), pd.Series(counts.diagonal(), names)
@@ -689,7 +694,7 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 def mean_over_processes(total, count):
     """Total by count, both summed over all processes; NaN for no count."""
     sums = torch.tensor([total, count], dtype=torch.float64)
-    if WORLD_SIZE > 1:
+    if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
     return float(sums[0] / sums[1])
 
@@ -728,7 +733,7 @@ def download(urls, path, check):
 def check_sha256(path, expected):
     """Raise ValueError unless the file has this SHA-256 (None: any)."""
     if expected and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != expected:
-        raise ValueError(f"SHA-256 is {found[:9]}, expected {expected[:9]}; --no-verify accepts it")
+        raise ValueError(f"SHA-256 of {path} is {found[:9]}, not {expected[:9]}; --no-verify accepts it")
 
 
 @contextlib.contextmanager
@@ -814,7 +819,7 @@ def find_data(args):
 
 
 def pick_device(name):
-    """Return the device of that name; "auto": cuda or mps, else cpu."""
+    """Return the device; "auto": cuda or mps, else cpu."""
     best = torch.accelerator.current_accelerator(True) or "cpu"
     try:
         return torch.empty(0, device=best if name == "auto" else name).device
@@ -881,7 +886,7 @@ def cmd_train(args, in_experiments=False):
             frame.to_csv(temporary, index=False)
     print("Training / validation / test: {:,} / {:,} / {:,} messages,".format(*map(len, frames)), "labels", *labels)
 
-    # 6.3 data loaders: all prepared as the training messages
+    # 6.3 data loaders, all prepared as the first
     tokenizer, limit = build_tokenizer(texts["encoder.json"], texts["vocab.bpe"]), model.cfg.context_length
     length = settings.context_length if settings.padding else "model"  # as in the book's script
     length = {"longest": None, "model": limit}.get(length, length)
@@ -1093,18 +1098,18 @@ def build_parser():
 
     add = command(cmd_train, settings, data, files)
     add("--out", type=Path, help="default: spam_classifier.pth in --weights-dir")
-    add("--metrics", type=Path, help="write results and settings as JSON")
-    add("--plot", type=Path, metavar="FOLDER", help="write loss-plot.png and accuracy-plot.png")
+    add("--metrics", type=Path, help="write JSON")
+    add("--plot", type=Path, metavar="FOLDER", help="write two PNGs")
     add = command(cmd_classify, classifier, files)
     add("texts", nargs="*", metavar="TEXT")
     add("--input", help="a text per line, or .csv, .tsv, .jsonl; -: standard input")
     add("--input-format", choices=("lines", "csv", "tsv", "jsonl"), help="default: by --input's name")
     add("--output", metavar="FILE", help="default: standard output")
     add("--format", choices=("text", "csv", "jsonl"), default="text", help="default: text")
-    add("--threshold", type=float, metavar="P", help="second label (spam) from this probability on")
+    add("--threshold", type=float, metavar="P", help="second label from this probability on")
     add = command(cmd_evaluate, classifier, data, files)
     add("--split", choices=(*SPLITS, "all"), help="default: test, or with --data: all")
-    command(cmd_experiments, settings, data, files)("--rows", metavar="1,2,16", help="default: those of --model's size")
+    command(cmd_experiments, settings, data, files)("--rows", metavar="1,2,16", help="default: all of --model's")
     return parser
 
 

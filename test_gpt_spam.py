@@ -309,6 +309,9 @@ def test_loss_and_accuracy_against_plain_arithmetic():
     assert g.calc_accuracy_loader(batches, logits, CPU) == sum(right) / 9 and not model.training
     g.evaluate_model(logits, batches, batches, CPU, 1)
     assert model.training
+    plain = nn.Linear(12, 2)  # the chapter's way: a batch of inputs and its labels
+    loss = F.cross_entropy(plain(ids.float()), labels)
+    assert torch.equal(g.calc_loss_batch(ids.float(), labels, plain, CPU), loss)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -472,7 +475,7 @@ dataset = SpamDataset(pd.DataFrame({"Text": ["a", "bb"], "Label": [0, 1]}), toke
 ids, positions, labels = next(iter(DataLoader(dataset, 2, collate_fn=collate)))
 assert labels.tolist() == [0, 1]"""),
     ("GPT2_SPLIT END_OF_TEXT build_tokenizer", "build_tokenizer(ENCODER, MERGES).encode_ordinary('hello')"),
-    ("RANK mean_over_processes calc_loss_batch calc_loss_loader calc_accuracy_loader evaluate_model "
+    ("mean_over_processes calc_logits calc_loss_batch calc_loss_loader calc_accuracy_loader evaluate_model "
      "train_classifier_simple", """
 pairs, model = [(torch.eye(4), torch.tensor([0, 1, 0, 1]))] * 3, nn.Linear(4, 2)
 log = train_classifier_simple(model, pairs, pairs, torch.optim.AdamW(model.parameters(), lr=0.1), "cpu", 9, 5, 2)
