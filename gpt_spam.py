@@ -897,10 +897,9 @@ def cmd_train(args, in_experiments=False):
     for frame in frames:
         datasets.append(SpamDataset(frame.assign(Label=frame["Label"].map(labels.index)), tokenizer, **options))
         options["max_length"] = datasets[0].max_length
-    if options["max_length"] > limit:
-        raise ValueError(f"{options['max_length']} tokens exceed the model's {limit}; set --context-length {limit}")
-
-    datasets = [list(dataset)[RANK::WORLD_SIZE] for dataset in datasets]  # each process has its own rows,
+    if not 0 < int(length or options["max_length"]) <= limit:
+        raise ValueError(f"{length or options['max_length']} tokens, the model has 1 to {limit}; set --context-length")
+    datasets = [list(dataset)[RANK::WORLD_SIZE] for dataset in datasets]  # each process its rows,
     datasets[0] = datasets[0][:len(frames[0]) // WORLD_SIZE]  # equally many for training
 
     # 6.4 pretrained model
@@ -975,7 +974,7 @@ def cmd_train(args, in_experiments=False):
     for true_label, text in examples.to_numpy():
         label, probability = classify_review(text, model, tokenizer, device, labels=labels, **options)
         print(f"{label}  {probability:.4f}  {text}  (true label: {true_label})")
-    print(f"Saved {os.path.relpath(out)}; now try: python gpt_spam.py classify TEXT")
+    print(f"Saved {os.path.relpath(out)}; now try: gpt_spam.py classify TEXT")
     if args.metrics:
         with atomic_write(args.metrics) as temporary:
             temporary.write_text(json.dumps({**results, **about}, indent=2) + "\n")
@@ -1003,7 +1002,7 @@ def cmd_experiments(args):
 
 
 def cmd_evaluate(args):
-    """Measure a classifier on the test split of its own data, or on all of --data."""
+    """Measure a classifier on its own test split, or on all of --data."""
     args.classifier = args.classifier or args.weights_dir / "spam_classifier.pth"
     model, tokenizer, labels, options, about = load_classifier(args.classifier, args.model and find_model(args))
     split = args.split or ("all" if args.data or about.get("test_data") else "test")

@@ -712,7 +712,9 @@ def test_two_steps_of_pretraining_run_through(tmp_path, monkeypatch):
     (["train", "--data", MICRO / "vocab.bpe"], "no column 'label'"), (["train", "--lr", 1e30], "try a smaller --lr"),
     (["train", "--batch-size", 0], "batch_size must be at least 1, got 0"),
     (["train", "--no-padding", "--pooling", "mean"], "requires --batch-size 1"),
-    (["train", "--context-length", 9999], "--context-length"), (["classify"], "give texts, or --input"),
+    (["train", "--context-length", 9999], "9999 tokens, the model has 1 to 1024"),
+    (["train", "--context-length", 0], "0 tokens, the model has 1 to 1024; set --context-length"),
+    (["classify"], "give texts, or --input"),
     (["classify", "--classifier", "none.pth", "hi"], "none.pth is not a classifier; make one with"),
     (["classify", "--classifier", BUNDLED[0], "hi"], "is not a classifier"),
 ])
