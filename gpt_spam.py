@@ -66,7 +66,7 @@ class FinetuneConfig:
     pooling: str = setting("none", "mean: average the logits of all positions", "none", "mean")
     causal_mask: bool = setting(True, "causal attention, to earlier tokens only")
     padding: bool = setting(True, "pad all messages to one length")
-    context_length: str = setting("longest", "that length: longest (training message), model (its maximum) or N")
+    context_length: str = setting("longest", "that length: longest (in training), model (its maximum) or N")
     balance: str = setting(
         "auto", "auto: undersample ham and spam, else weight the loss", "auto", "undersample", "weights", "none")
     dedupe: bool = setting(False, "drop repeated texts first")
@@ -336,7 +336,7 @@ class GPTModel(nn.Module):
 
 DATA_FILE = "model.ckpt.data-00000-of-00001"
 TEXT_FILES = ("hparams.json", "encoder.json", "vocab.bpe")
-OPENAI_NAMES = {  # of our tensors; c_attn is query, key and value side by side
+OPENAI_NAMES = {  # c_attn is query, key and value side by side
     "tok_emb.weight": "wte", "pos_emb.weight": "wpe", "final_norm": "ln_f", "trf_blocks.": "h", ".norm1": "/ln_1",
     ".norm2": "/ln_2", ".att.W_query": "/attn/c_attn", ".att.W_key": "/attn/c_attn", ".att.W_value": "/attn/c_attn",
     ".att.out_proj": "/attn/c_proj", ".ff.layers.0": "/mlp/c_fc", ".ff.layers.2": "/mlp/c_proj",
@@ -374,7 +374,7 @@ def convert_checkpoint(folder, path):
                 array = np.fromfile(file, "<f4", sum(state[our].numel() for our in ours))
                 if not np.isfinite(array).all():
                     raise ValueError(f"{name} contains NaN or infinity")
-                if name.endswith("/w"):  # OpenAI multiplies x @ w where PyTorch has x @ weight.T
+                if name.endswith("/w"):  # x @ w there, x @ weight.T here
                     array = array.reshape(state[ours[0]].shape[1], -1).T
                 for our, part in zip(ours, np.split(array, len(ours))):
                     arrays[our] = np.ascontiguousarray(part).reshape(state[our].shape)
@@ -424,7 +424,7 @@ def add_classification_head(model, num_classes, trainable_layers="last_block", l
 
 
 class LoRALayer(nn.Module):
-    """A low-rank change of a weight (appendix E; Hu et al. 2021): x @ weight.T becomes that + alpha * x @ A @ B."""
+    """A low-rank change of a weight (appendix E; Hu et al. 2021): adds alpha * x @ A @ B to the output."""
 
     def __init__(self, in_dim, out_dim, rank, alpha):
         super().__init__()
@@ -455,7 +455,7 @@ def merge_lora(model):
 # A batch is (*inputs, labels): the chapter's pairs, or SpamDataset's triples.
 
 def calc_logits(input_batch, model, device):
-    """Return logits (batch, classes) of a tensor, or of a list of tensors that are the model's arguments."""
+    """Return logits (batch, classes); `input_batch`: a tensor or a list of them."""
     inputs = [input_batch] if torch.is_tensor(input_batch) else input_batch
     return model(*(tensor.to(device) for tensor in inputs))
 
@@ -662,8 +662,13 @@ def length_batches(lengths, device):
 def cache_hidden_states(model, datasets, num_frozen, device):
     """Return `datasets` as lists of (hidden states (tokens, emb), position, label)."""
     items, frozen = [item for dataset in datasets for item in dataset], model.eval().trf_blocks[:num_frozen]
-    batches = length_batches([len(ids) for ids, *_ in items], device)
-    print(f"Caching hidden states of {len(items):,} messages after {num_frozen} frozen blocks", flush=True)
+    lengths = [len(ids) for ids, *_ in items]
+    size = sum(lengths) * model.cfg.emb_dim * frozen[0].norm1.scale.itemsize
+    print(f"Hidden states after {num_frozen} frozen blocks: {size / 1e6:,.0f} MB", flush=True)
+    if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
+        print("Not cached: over half of the memory")
+        return datasets
+    batches = length_batches(lengths, device)
     for rows in tqdm(batches, "caching", leave=False, disable=RANK > 0 or None):
         ids, *_ = collate([items[row] for row in rows])
         hidden = frozen(model.embed(ids.to(device)).to(frozen[0].norm1.scale.dtype)).cpu()
@@ -688,7 +693,7 @@ def calc_metrics(labels, predicted, names):
 
 # ---- Several processes: torchrun and DistributedDataParallel ----
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun sets them
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
 def mean_over_processes(total, count):
@@ -740,7 +745,7 @@ def check_sha256(path, expected):
 def atomic_write(path):
     """Give a temporary name that becomes `path` if the block succeeds: never half a file."""
     path = Path(path).resolve()
-    if RANK or path.is_char_device() or path.is_fifo():  # only one process writes
+    if RANK or path.is_char_device() or path.is_fifo():  # one process writes
         yield Path(os.devnull) if RANK else path
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -769,7 +774,7 @@ MODEL_URLS = (
     "https://openaipublic.blob.core.windows.net/gpt-2/models",
     "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
 )
-MODEL_SHA256 = {  # one tokenizer for all sizes; larger data files have no published hash
+MODEL_SHA256 = {  # larger data files have no published hash
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     f"124M/{DATA_FILE}": "2060c885360cc0cf41d7a6dbc4d24b5127aae20260c8b5ae521b5a6578407118",
@@ -793,7 +798,7 @@ def find_model(args):
                 download([f"{base}/{size}/{file}" for base in bases], folder / file,
                          partial(check_sha256, expected=sha256))
         except ConnectionError:
-            if name != "auto" or any(folder.iterdir()):  # a download has begun
+            if name != "auto" or any(folder.iterdir()):
                 raise
             return TINY
         try:
@@ -859,14 +864,14 @@ def cmd_train(args, in_experiments=False):
     device, out = args.device, getattr(args, "out", None) or args.weights_dir / "spam_classifier.pth"
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise PermissionError(f"cannot write {out}")  # before the training
-    for turn in range(WORLD_SIZE):  # the first one downloads
+        raise PermissionError(f"cannot write {out}")
+    for turn in range(WORLD_SIZE):  # the first downloads
         if turn == RANK:
             model_file, data_file = find_model(args), find_data(args)
         if WORLD_SIZE > 1:
             torch.distributed.barrier()
     model, texts = load_pretrained(model_file)
-    brought = json.loads(texts["about.json"]).get("finetune", {})  # the bundled model's own
+    brought = json.loads(texts["about.json"]).get("finetune", {})  # tiny's own
     named = {f.name: getattr(args, f.name) for f in fields(FinetuneConfig) if hasattr(args, f.name)}
     settings, chapter = FinetuneConfig(**{**brought, **named}), asdict(FinetuneConfig())
     changed = [f"{name} {value}" for name, value in asdict(settings).items() if value != chapter[name]]
@@ -886,9 +891,9 @@ def cmd_train(args, in_experiments=False):
             frame.to_csv(temporary, index=False)
     print("Training / validation / test: {:,} / {:,} / {:,} messages,".format(*map(len, frames)), "labels", *labels)
 
-    # 6.3 data loaders, all prepared as the first
+    # 6.3 data loaders
     tokenizer, limit = build_tokenizer(texts["encoder.json"], texts["vocab.bpe"]), model.cfg.context_length
-    length = settings.context_length if settings.padding else "model"  # as in the book's script
+    length = settings.context_length if settings.padding else "model"  # as the book's script
     length = {"longest": None, "model": limit}.get(length, length)
     # Padding is left out where it cannot affect the logits.
     unaffected = settings.causal_mask and settings.pooling == "none" and settings.token_pos != "last"
@@ -1072,13 +1077,13 @@ def build_parser():
     add("--data-dir", type=Path, default=HERE / "data", help="default: data")
     add("--weights-url", metavar="URL", help="mirror, before /gpt-2/models")
     add("--data-url", metavar="URL", help="mirror, before /static/public/228")
-    add("--no-verify", dest="verify", action="store_false", help="accept any SHA-256")
+    add("--no-verify", dest="verify", action="store_false", help="accept any hash")
     add("--text-column", metavar="NAME", help="default: text")
     add = data.add_argument
     add("--data", help="auto (sms, offline sample), sms, sample, a CSV, TSV or JSON lines file")
     add("--test-data", metavar="FILE", help="default: 20%% of --data")
     add("--label-column", metavar="NAME", help="default: label")
-    classifier.add_argument("--classifier", type=Path, help="default: spam_classifier.pth in --weights-dir")
+    classifier.add_argument("--classifier", type=Path, help="default: in --weights-dir")
     for f in fields(FinetuneConfig):
         kind = {"type": type(f.default), "choices": f.metadata["choices"] or None}
         if isinstance(f.default, bool):
@@ -1096,7 +1101,7 @@ def build_parser():
         return sub.add_argument
 
     add = command(cmd_train, settings, data, files)
-    add("--out", type=Path, help="default: spam_classifier.pth in --weights-dir")
+    add("--out", type=Path, help="default: in --weights-dir")
     add("--metrics", type=Path, help="write JSON")
     add("--plot", type=Path, metavar="FOLDER", help="write two PNGs")
     add = command(cmd_classify, classifier, files)
