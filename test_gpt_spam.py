@@ -715,7 +715,7 @@ def test_two_steps_of_pretraining_run_through(tmp_path, monkeypatch):
     (["train", "--no-padding", "--pooling", "mean"], "requires --batch-size 1"),
     (["train", "--context-length", 9999], "9999 tokens, the model has 1 to 1024"),
     (["train", "--context-length", 0], "0 tokens, the model has 1 to 1024; set --context-length"),
-    (["classify"], "give texts, or --input"),
+    (["classify"], "give texts, or --input"), (["experiments", "--rows", "20"], "--rows 20 is not 1 to 19"),
     (["classify", "--classifier", "none.pth", "hi"], "none.pth is not a classifier; make one with"),
     (["classify", "--classifier", BUNDLED[0], "hi"], "is not a classifier"),
 ])
