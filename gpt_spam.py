@@ -8,15 +8,17 @@
     python gpt_spam.py train        then        python gpt_spam.py classify "You won a prize!"
 
 Part 1 is the chapter (Sebastian Raschka, Manning 2024), 6.2 to 6.8. Part 2 is what it leaves open: speed, metrics,
-several processes, files, command line. Dimensions: batch, tokens, emb = heads * head, vocab, classes.
+several processes, files, command line. Shapes: batch, tokens, emb = heads * head size, vocab, classes.
 """
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -33,6 +35,7 @@ import requests
 import tiktoken
 import torch
 import torch.nn.functional as F
+from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 cuts text into words
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
@@ -40,38 +43,38 @@ from tqdm import tqdm
 
 
 def setting(default, help, *choices):
-    """A field of FinetuneConfig and command-line option."""
+    """A field of FinetuneConfig, also a command-line option."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Every choice of a finetuning run; the defaults are the chapter's."""
+    """Hyperparameters of a finetuning run; the defaults are the chapter's."""
 
     epochs: int = setting(5, "passes over the training split")
     batch_size: int = setting(8, "messages per step")
     lr: float = setting(5e-5, "AdamW's learning rate")
     weight_decay: float = setting(0.1, "AdamW's weight decay")
-    schedule: str = setting("constant", "linear: a tenth of warm-up, then down to 0", "constant", "linear")
+    schedule: str = setting("constant", "linear: warm up for 10%%, then decay to 0", "constant", "linear")
     accumulation_steps: int = setting(1, "batches per update")
     eval_freq: int = setting(50, "steps between logged losses")
     eval_iter: int = setting(5, "batches averaged for a log line")
-    seed: int = setting(123, "seed of new weights and shuffling")
+    seed: int = setting(123, "seed of new weights and batch order")
     trainable_layers: str = setting(
-        "last_block", "besides the new head", "last_layer", "last_block", "last_two_blocks", "all", "lora")
+        "last_block", "trained with the new head", "last_layer", "last_block", "last_two_blocks", "all", "lora")
     lora_rank: int = setting(8, "rank of LoRA's matrices")
     lora_alpha: float = setting(8.0, "factor of LoRA's output")
     weights: str = setting("pretrained", "initial weights", "pretrained", "random")
-    token_pos: str = setting("last", "position to read (last_real: before padding)", "last", "first", "last_real")
+    token_pos: str = setting("last", "position of the logits (last_real: before padding)", "last", "first", "last_real")
     pooling: str = setting("none", "mean: average the logits of all positions", "none", "mean")
-    causal_mask: bool = setting(True, "causal attention, to earlier tokens only")
-    padding: bool = setting(True, "pad all messages to one length")
-    context_length: str = setting("longest", "that length: longest (in training), model (its maximum) or N")
+    causal_mask: bool = setting(True, "attend to earlier tokens only")
+    padding: bool = setting(True, "pad messages to --context-length")
+    context_length: str = setting("longest", "tokens: longest (in training), model (its limit) or N")
     balance: str = setting(
         "auto", "auto: undersample ham and spam, else weight the loss", "auto", "undersample", "weights", "none")
     dedupe: bool = setting(False, "drop repeated texts first")
     ignore_index: int = setting(-100, "label ignored by the loss")
-    dtype: str = setting("float32", "of the frozen blocks", "float32", "bfloat16")
+    dtype: str = setting("float32", "frozen blocks' dtype", "float32", "bfloat16")
     cache: bool = setting(True, "compute frozen blocks only once per message")
 
     def __post_init__(self):
@@ -107,33 +110,38 @@ def download_and_unzip_spam_data(urls, zip_path, data_file_path, sha256=DATA_SHA
         zip_path.unlink()
 
 
-def read_messages(path, text_column=None, label_column=None):
-    """Read UCI's form (ham or spam, a tab, the text), CSV, TSV or JSON lines as a frame of strings: Label, Text."""
-    with reading(path, "a table of labelled texts"):
-        with open(path, encoding="utf-8", errors="replace") as file:
+def read_table(path):
+    """Read UCI's form (ham or spam, a tab, the text), CSV, TSV or JSON lines."""
+    with reading(path, "a table of texts"):
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             start = file.readline()
         if start.startswith("{"):
-            df = pd.read_json(path, lines=True, dtype=False, encoding_errors="replace")
-        else:
-            # pandas' default quoting glues some of UCI's messages together: 5,572 rows, not 5,574.
-            names = ["label", "text"] if start.startswith(("ham\t", "spam\t")) else None
-            df = pd.read_csv(path, sep="\t" if "\t" in start else ",", names=names, dtype=str, keep_default_na=False,
-                             encoding_errors="replace")
+            return pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig", encoding_errors="replace")
+        # pandas' default quoting glues some of UCI's messages together: 5,572 rows, not 5,574.
+        names = ["label", "text"] if start.startswith(("ham\t", "spam\t")) else None
+        df = pd.read_csv(path, sep="\t" if "\t" in start else ",", names=names, dtype=str, keep_default_na=False,
+                         encoding_errors="replace")
         if not isinstance(df.index, pd.RangeIndex):
             raise ValueError("its rows have more fields than its header; quote the texts")
-    df = pd.DataFrame({"Label": pick_column(df, label_column or "label", "--label-column", path),
-                       "Text": pick_column(df, text_column or "text", "--text-column", path)}).fillna("").astype(str)
+        return df
+
+
+def read_messages(path, text_column=None, label_column=None):
+    """Return a table's labelled texts as a frame of strings: Label, Text."""
+    table = read_table(path)
+    df = pd.DataFrame({"Label": pick_column(table, label_column or "label", "--label-column", path),
+                       "Text": pick_column(table, text_column or "text", "--text-column", path)})
     if (df["Label"] == "").any():
         raise ValueError(f"message {(df['Label'] == '').argmax() + 1} of {path} has no label")
     return df
 
 
 def pick_column(df, name, option, path):
-    """Return the column `name`, in any case, of a frame that was read from `path`."""
+    """Return the column `name`, in any case, of a frame that was read from `path`, as strings."""
     columns = {str(column).lower(): column for column in df.columns}
     if name.lower() not in columns:
         raise ValueError(f"no column {name!r} in {path} (columns: {', '.join(columns)[:200]}); set {option}")
-    return df[columns[name.lower()]]
+    return df[columns[name.lower()]].fillna("").astype(str)
 
 
 def create_balanced_dataset(df):
@@ -177,8 +185,6 @@ def prepare_splits(df, balance="auto", dedupe=False, test=None):
 
 # ---- 6.3 Data loaders: token ids, padding, batches ----
 
-# How GPT-2 cuts text into words (OpenAI's encoder.py, 2019).
-GPT2_SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -194,21 +200,21 @@ def build_tokenizer(encoder_json, vocab_bpe):
         raise ValueError("encoder.json and vocab.bpe do not belong together")
     ranks = {bytes(byte_of[character] for character in token): i for i, token in enumerate(tokens)}
     return tiktoken.Encoding(
-        "gpt2", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(tokens)})
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(tokens)})
 
 
 class SpamDataset(Dataset):
-    """Messages of a frame or CSV file (Text, Label) as tensors (ids (tokens,), position (), label ()).
+    """Messages of a frame or CSV file (Text or its ids, Label) as tensors (ids (tokens,), position (), label ()).
 
     They are cut to `max_length` (default: the longest) and padded with `pad_token_id` (default: end of text, 50256).
-    The label is read at the position: by default the last, which alone has seen the whole message.
+    The logits are read at the position: by default the last, which alone attends to the whole message.
     """
 
     def __init__(self, data, tokenizer, max_length=None, pad_token_id=None, token_pos="last", padding=True):
         data = data if isinstance(data, pd.DataFrame) else pd.read_csv(data, keep_default_na=False)
         pad_token_id = tokenizer.eot_token if pad_token_id is None else pad_token_id
-        # An empty message becomes one end of text.
-        encoded = [tokenizer.encode_ordinary(text)[:max_length] or [pad_token_id] for text in data["Text"]]
+        texts = [tokenizer.encode_ordinary(text) if isinstance(text, str) else text for text in data["Text"]]
+        encoded = [ids[:max_length] or [pad_token_id] for ids in texts]  # no empty message
         self.max_length = max_length or max(map(len, encoded))
         self.inputs, self.positions = [], []
         for ids in encoded:
@@ -228,7 +234,7 @@ class SpamDataset(Dataset):
 def collate(items):
     """Stack items: ids (batch, tokens) or hidden states (batch, tokens, emb), positions, labels (batch,)."""
     inputs, positions, labels = zip(*items)
-    # Causal attention keeps the zeros of the padding from the positions that are read.
+    # Causal attention never reads the zeros at the end; without it, lengths must be equal.
     return nn.utils.rnn.pad_sequence(inputs, batch_first=True), torch.stack(positions), torch.stack(labels)
 
 
@@ -243,13 +249,13 @@ class GPTConfig:
     emb_dim: int = 768
     n_heads: int = 12
     n_layers: int = 12
-    drop_rate: float = 0.0  # as in the chapter
+    drop_rate: float = 0.0
     qkv_bias: bool = True
-    causal: bool = True  # earlier tokens only
+    causal: bool = True
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal self-attention (chapter 3); PyTorch's needs no mask of `context_length`."""
+    """Causal self-attention (chapter 3) by PyTorch, which needs no mask of `context_length`."""
 
     def __init__(self, d_in, d_out, context_length, dropout, num_heads, qkv_bias=False, causal=True):
         super().__init__()
@@ -378,7 +384,7 @@ def convert_checkpoint(folder, path):
                     array = array.reshape(state[ours[0]].shape[1], -1).T
                 for our, part in zip(ours, np.split(array, len(ours))):
                     arrays[our] = np.ascontiguousarray(part).reshape(state[our].shape)
-    texts["about.json"] = json.dumps({"name": folder.name})
+    texts["about.json"] = "{}"
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays, **{name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()})
 
@@ -393,7 +399,7 @@ def load_pretrained(path):
     with reading(path, "a model converted by gpt_spam.py"), np.load(path, allow_pickle=False) as npz:
         texts = {name: npz[name].tobytes().decode() for name in (*TEXT_FILES, "about.json")}
         params = {name: torch.from_numpy(npz[name]).float() for name in npz.files if name not in texts}
-        with torch.device("meta"):  # no time for initial values
+        with torch.device("meta"):  # no initial values
             model = GPTModel(read_config(texts["hparams.json"]))
         load_weights_into_gpt(model, params)
     return model.eval(), texts
@@ -424,7 +430,7 @@ def add_classification_head(model, num_classes, trainable_layers="last_block", l
 
 
 class LoRALayer(nn.Module):
-    """A low-rank change of a weight (appendix E; Hu et al. 2021): adds alpha * x @ A @ B to the output."""
+    """LoRA (appendix E; Hu et al. 2021) as a parametrization: a weight becomes weight + alpha * (A @ B).T."""
 
     def __init__(self, in_dim, out_dim, rank, alpha):
         super().__init__()
@@ -452,17 +458,12 @@ def merge_lora(model):
 
 # ---- 6.6 Loss and accuracy: accuracy is reported, cross-entropy is optimised ----
 
-# A batch is (*inputs, labels): the chapter's pairs, or SpamDataset's triples.
-
-def calc_logits(input_batch, model, device):
-    """Return logits (batch, classes); `input_batch`: a tensor or a list of them."""
-    inputs = [input_batch] if torch.is_tensor(input_batch) else input_batch
-    return model(*(tensor.to(device) for tensor in inputs))
-
+# A batch is (*inputs, labels); model(*inputs) gives logits (batch, classes).
 
 def calc_loss_batch(input_batch, target_batch, model, device, loss_fn=F.cross_entropy):
-    """Cross-entropy of a batch: accuracy itself has no gradient."""
-    return loss_fn(calc_logits(input_batch, model, device), target_batch.to(device))
+    """Cross-entropy of a batch, a tensor or a list of them: accuracy itself has no gradient."""
+    inputs = [input_batch] if torch.is_tensor(input_batch) else input_batch
+    return loss_fn(model(*(tensor.to(device) for tensor in inputs)), target_batch.to(device))
 
 
 @torch.no_grad()
@@ -480,7 +481,7 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
     model.eval()
     correct = examples = 0
     for *input_batch, target_batch in islice(data_loader, num_batches):
-        predicted = calc_logits(input_batch, model, device).argmax(dim=-1)
+        predicted = model(*(tensor.to(device) for tensor in input_batch)).argmax(dim=-1)
         correct += (predicted == target_batch.to(device)).sum().item()
         examples += len(target_batch)
     return mean_over_processes(correct, examples)
@@ -527,7 +528,7 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
 
 def plot_values(epochs_seen, examples_seen, train_values, val_values, label="loss"):
     """Return a figure of values over epochs and, above, examples seen."""
-    from matplotlib.figure import Figure  # no pyplot: no global state
+    from matplotlib.figure import Figure  # no global state
     fig = Figure(figsize=(5, 3), dpi=150)
     ax1 = fig.add_subplot()
     ax1.plot(epochs_seen, train_values, label=f"Training {label}")
@@ -548,11 +549,8 @@ def predict(texts, model, tokenizer, device, pooling="none", **preparation):
     """Return probabilities (messages, classes); `preparation`: SpamDataset's options, as in training."""
     dataset = SpamDataset(pd.DataFrame({"Text": texts, "Label": 0}), tokenizer, **preparation)
     label_logits = LabelLogits(model.to(device).eval(), pooling)
-    batches = length_batches(list(map(len, dataset.inputs)), device)
-    if not preparation.get("padding", True) and (pooling == "mean" or not model.cfg.causal):
-        batches = [[row] for row in range(len(texts))]  # padding would change the logits
     logits = torch.empty(len(texts), model.out_head.out_features)
-    for rows in batches:
+    for rows in length_batches(list(map(len, dataset.inputs)), device, pooling == "none" and model.cfg.causal):
         ids, positions, _ = collate([dataset[row] for row in rows])
         logits[rows] = label_logits(ids.to(device), positions.to(device)).cpu()
     return logits.softmax(dim=-1)
@@ -565,6 +563,17 @@ def classify_review(text, model, tokenizer, device, max_length=None, labels=("ha
     return labels[best], float(probabilities[best])
 
 
+def review_by_token(text, model, tokenizer, device, max_length=None, labels=("ham", "spam"), **options):
+    """Yield a line per token: the second of two labels, or the likeliest, and its probability up to this token."""
+    ids = tokenizer.encode_ordinary(text)[:max_length] or [tokenizer.eot_token]
+    prefixes = [ids[:end] for end in range(1, len(ids) + 1)]
+    probabilities = predict(prefixes, model, tokenizer, device, max_length=max_length, **options)
+    for token, row in zip(map(tokenizer.decode_single_token_bytes, ids), probabilities):
+        shown = repr(token.decode("utf-8", "backslashreplace"))[1:-1].replace("\\\\", "\\")  # or half a character
+        label = 1 if len(labels) == 2 else int(row.argmax())
+        yield f"{shown:<15} {labels[label]} {row[label]:.4f} {'█' * round(20 * row[label].item())}"
+
+
 def save_classifier(path, model, **parts):
     """Write one self-describing file; `parts`: tokenizer_files, labels, options (`predict`'s), about."""
     content = {"config": asdict(model.cfg), "model": {name: p.cpu() for name, p in model.state_dict().items()}, **parts}
@@ -575,9 +584,6 @@ def save_classifier(path, model, **parts):
 def load_classifier(path, pretrained=None):
     """Return (model, tokenizer, labels, options, about); a state_dict of the chapter needs `pretrained`, an .npz."""
     with reading(path, "a classifier; make one with `python gpt_spam.py train`"):
-        with zipfile.ZipFile(path) as archive:  # torch.load ignores the checksums of its own archive
-            if damaged := archive.testzip():
-                raise ValueError(f"its member {damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if "tok_emb.weight" in content:
             if not pretrained:
@@ -600,7 +606,7 @@ def load_classifier(path, pretrained=None):
 
 def last_block_at(block, x, positions):
     """Return `block(x)` at positions (batch,): x (batch, tokens, emb) gives (batch, emb)."""
-    # As q.(W_k x) = (W_k^T q).x, keys and values are never materialised: 3.4 million products, not 142, in the 124M.
+    # As q.(W_k x) = (W_k^T q).x, keys and values are not computed: 3.4 million products, not 142 (124M, 120 tokens).
     att, (batch, tokens, emb) = block.att, x.shape
     shortcut, x = read_at(x, positions), block.norm1(x)
     key, value = (layer.weight.view(att.num_heads, -1, emb) for layer in (att.W_key, att.W_value))
@@ -648,11 +654,12 @@ class LabelLogits(nn.Module):
         return logits if last else read_at(logits, positions)
 
 
-def length_batches(lengths, device):
-    """Return batches of rows alike in length."""
-    batches, max_tokens = [[]], 2048 if device.type == "cpu" else 16384  # few stay in a CPU's cache
+def length_batches(lengths, device, padding=True):
+    """Return batches of row numbers, of similar length or, without padding, equal length."""
+    batches, max_tokens = [], 2048 if device.type == "cpu" else 16384  # small: fits a CPU's cache
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batches[-1] and (len(batches[-1]) + 1) * lengths[row] > max_tokens:
+        full = not batches or (len(batches[-1]) + 1) * lengths[row] > max_tokens
+        if full or not padding and lengths[row] > lengths[batches[-1][-1]]:
             batches.append([])
         batches[-1].append(row)
     return batches
@@ -668,7 +675,7 @@ def cache_hidden_states(model, datasets, num_frozen, device):
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
         print("Not cached: over half of the memory")
         return datasets
-    batches = length_batches(lengths, device)
+    batches = length_batches(lengths, device, model.cfg.causal)
     for rows in tqdm(batches, "caching", leave=False, disable=RANK > 0 or None):
         ids, *_ = collate([items[row] for row in rows])
         hidden = frozen(model.embed(ids.to(device)).to(frozen[0].norm1.scale.dtype)).cpu()
@@ -693,11 +700,11 @@ def calc_metrics(labels, predicted, names):
 
 # ---- Several processes: torchrun and DistributedDataParallel ----
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def mean_over_processes(total, count):
-    """Total by count, both summed over all processes; NaN for no count."""
+    """Total / count, each summed over all processes; NaN if the count is 0."""
     sums = torch.tensor([total, count], dtype=torch.float64)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
@@ -708,7 +715,7 @@ def mean_over_processes(total, count):
 
 def download(urls, path, check):
     """Fetch `path` from the first of `urls` that `check(file)` accepts; resumes a partial download."""
-    if path.exists():  # fetched by hand, or before an interruption
+    if path.exists():  # fetched by hand
         return check(path)
     part, failures, answered = path.with_name(path.name + ".part"), {}, False
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -787,11 +794,12 @@ def find_model(args):
     if name == "tiny" or name.endswith(".npz"):
         return TINY if name == "tiny" else Path(name)
     size = "124M" if name == "auto" else name
-    path, folder = args.weights_dir / f"gpt2-{Path(size).name}.npz", args.weights_dir / size
+    path, folder = args.weights_dir / f"gpt2-{size}.npz", args.weights_dir / f"{size}.download"
     if size not in ("124M", "355M", "774M", "1558M"):
+        path = args.weights_dir / f"folder-{Path(name).name}.npz"
         convert_checkpoint(Path(name), path)
     elif not path.exists():
-        bases = [f"{args.weights_url}/gpt-2/models"] if args.weights_url else MODEL_URLS
+        bases = [f"{args.mirror}/gpt-2/models"] if args.mirror else MODEL_URLS
         try:
             for file in (*TEXT_FILES, DATA_FILE):
                 sha256 = MODEL_SHA256.get(file, MODEL_SHA256.get(f"{size}/{file}")) if args.verify else None
@@ -813,7 +821,7 @@ def find_data(args):
     if args.data not in (None, "auto", "sms"):
         return SAMPLE if args.data == "sample" else Path(args.data)
     path, archive = args.data_dir / "SMSSpamCollection.tsv", args.data_dir / "sms+spam+collection.zip"
-    urls = [f"{args.data_url}/static/public/228/{archive.name}"] if args.data_url else DATA_URLS
+    urls = [f"{args.mirror}/static/public/228/{archive.name}"] if args.mirror else DATA_URLS
     try:
         download_and_unzip_spam_data(urls, archive, path, DATA_SHA256 if args.verify else None)
     except ConnectionError:
@@ -825,19 +833,17 @@ def find_data(args):
 
 def pick_device(name):
     """Return the device; "auto": cuda or mps, else cpu."""
-    best = torch.accelerator.current_accelerator(True) or "cpu"
-    try:
-        return torch.empty(0, device=best if name == "auto" else name).device
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"no device {name!r} here; use cpu, cuda or mps") from None
+    best = torch.accelerator.current_accelerator(True) or torch.device("cpu")
+    if name.split(":")[0] not in ("auto", "cpu", best.type):
+        raise ValueError(f"no device {name!r} here; use cpu, cuda or mps")
+    return best if name == "auto" else torch.device(name)
 
 
 # ---- Command line: the whole chapter, and the book's experiments ----
 
 SPAM_MESSAGE = "You are a winner you have been specially selected to receive $1000 cash or a $2000 award."
 HAM_MESSAGE = "Hey, just wanted to check if we're still on for dinner tonight? Let me know!"
-SPLITS = ("train", "validation", "test")
-# The book's table, row by row: published test accuracy, options. Its script never passes row 18's on.
+# The book's table, row by row: published test accuracy, options. Its script ignores row 18's option.
 EXPERIMENTS = """95.00
 75.00 --token-pos first
 72.00 --trainable-layers last_layer
@@ -871,11 +877,11 @@ def cmd_train(args, in_experiments=False):
         if WORLD_SIZE > 1:
             torch.distributed.barrier()
     model, texts = load_pretrained(model_file)
-    brought = json.loads(texts["about.json"]).get("finetune", {})  # tiny's own
-    named = {f.name: getattr(args, f.name) for f in fields(FinetuneConfig) if hasattr(args, f.name)}
-    settings, chapter = FinetuneConfig(**{**brought, **named}), asdict(FinetuneConfig())
+    brought, chapter = json.loads(texts["about.json"]).get("finetune", {}), asdict(FinetuneConfig())  # tiny's own
+    settings = FinetuneConfig(**brought | {name: value for name, value in vars(args).items() if name in chapter})
     changed = [f"{name} {value}" for name, value in asdict(settings).items() if value != chapter[name]]
-    bundled = " (bundled model or messages: not GPT-2, not real SMS)" * (model_file == TINY or data_file == SAMPLE)
+    is_bundled = {TINY, SAMPLE} & {model_file.resolve(), data_file.resolve()}
+    bundled = " (bundled model or messages: not GPT-2, not real SMS)" * bool(is_bundled)
     print(f"Model {os.path.relpath(model_file)}, data {os.path.relpath(data_file)}, device {device}{bundled}")
     print("Changed from the chapter:", ", ".join(changed) or "nothing")
 
@@ -886,14 +892,17 @@ def cmd_train(args, in_experiments=False):
         df = create_balanced_dataset(df).sample(frac=1, random_state=123).reset_index(drop=True)
         settings = replace(settings, balance="none")
     frames, labels, class_weights = prepare_splits(df, settings.balance, settings.dedupe, test)
-    for name, frame in zip(() if in_experiments else SPLITS, frames):
-        with atomic_write(args.data_dir / f"{name}.csv") as temporary:
+    for name, frame in zip(() if in_experiments else ("train", "validation", "test"), frames):
+        path = args.data_dir / f"{name}.csv"
+        if path.resolve() in (data_file.resolve(), Path(args.test_data or "").resolve()):
+            raise ValueError(f"a split would overwrite {path}; set --data-dir")
+        with atomic_write(path) as temporary:
             frame.to_csv(temporary, index=False)
     print("Training / validation / test: {:,} / {:,} / {:,} messages,".format(*map(len, frames)), "labels", *labels)
 
     # 6.3 data loaders
     tokenizer, limit = build_tokenizer(texts["encoder.json"], texts["vocab.bpe"]), model.cfg.context_length
-    length = settings.context_length if settings.padding else "model"  # as the book's script
+    length = settings.context_length if settings.padding else "model"  # without padding, as the book's script
     length = {"longest": None, "model": limit}.get(length, length)
     # Padding is left out where it cannot affect the logits.
     unaffected = settings.causal_mask and settings.pooling == "none" and settings.token_pos != "last"
@@ -915,7 +924,8 @@ def cmd_train(args, in_experiments=False):
         torch.manual_seed(settings.seed)
         model = GPTModel(model.cfg)
     model.to(device).eval()
-    for prompt in ("Every effort moves you", f"Is the following text 'spam'? Answer 'yes' or 'no': '{SPAM_MESSAGE}'"):
+    spam_prompt = f"Is the following text 'spam'? Answer with 'yes' or 'no': '{SPAM_MESSAGE}'"
+    for prompt in ("Every effort moves you", spam_prompt):
         idx = torch.tensor([tokenizer.encode_ordinary(prompt)], device=device)
         text = tokenizer.decode(generate_text_simple(model, idx, 15, limit)[0].tolist())
         print(f"Pretrained model after {prompt!r}: {text[len(prompt):]!r}")
@@ -925,8 +935,7 @@ def cmd_train(args, in_experiments=False):
         model, len(labels), settings.trainable_layers, settings.lora_rank, settings.lora_alpha, settings.seed)
     trained = [p for p in model.to(device).parameters() if p.requires_grad]
     print(f"Training {sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} parameters")
-    num_trained = {"last_layer": 0, "last_block": 1, "last_two_blocks": 2}
-    num_frozen = max(0, model.cfg.n_layers - num_trained.get(settings.trainable_layers, model.cfg.n_layers))
+    num_frozen = sum(not any(p.requires_grad for p in block.parameters()) for block in model.trf_blocks)
     if settings.dtype == "bfloat16":
         model.trf_blocks[:num_frozen].to(torch.bfloat16)
     if settings.cache and num_frozen:
@@ -934,6 +943,8 @@ def cmd_train(args, in_experiments=False):
     label_logits = LabelLogits(model, settings.pooling, num_frozen, settings.cache)
     if WORLD_SIZE > 1:
         label_logits = nn.parallel.DistributedDataParallel(label_logits, find_unused_parameters=True)
+    if len(frames[0]) < settings.batch_size:
+        raise ValueError(f"--batch-size {settings.batch_size} is more than {len(frames[0])} training messages")
     loaders = [DataLoader(dataset, max(1, settings.batch_size // WORLD_SIZE), shuffle=i == 0, drop_last=i == 0,
                           collate_fn=collate) for i, dataset in enumerate(datasets)]
 
@@ -948,12 +959,10 @@ def cmd_train(args, in_experiments=False):
 
     # 6.7 finetuning
     torch.manual_seed(settings.seed)
-    optimizer = torch.optim.AdamW(
-        trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=device.type in ("cpu", "cuda"))
-    steps = max(1, settings.epochs * math.ceil(len(loaders[0]) / settings.accumulation_steps))
-    factors = {"constant": lambda step: 1.0,
-               "linear": lambda step: min(1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))}
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors[settings.schedule])
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    steps = max(1, settings.epochs) * math.ceil(len(loaders[0]) / settings.accumulation_steps)
+    scheduler = settings.schedule == "linear" and torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps)))
     start = time.perf_counter()
     log = train_classifier_simple(
         label_logits, *loaders[:2], optimizer, device, settings.epochs, settings.eval_freq, settings.eval_iter,
@@ -961,7 +970,7 @@ def cmd_train(args, in_experiments=False):
     minutes = (time.perf_counter() - start) / 60
     print(f"Training completed in {minutes:.2f} minutes.")
     final = [calc_accuracy_loader(loader, label_logits, device) for loader in loaders]  # the test split last
-    print("Final: accuracy {:.2%} / {:.2%} / {:.2%} (whole splits)".format(*final) + bundled)
+    print("Final: accuracy {:.2%} / {:.2%} / {:.2%} (all batches)".format(*final) + bundled)
     merge_lora(model)
     names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "examples_seen", "final_accuracy", "minutes")
     results = dict(zip(names, (*log, final, minutes)))
@@ -969,14 +978,12 @@ def cmd_train(args, in_experiments=False):
         return results
 
     # 6.8 use
-    about = {"model": str(model_file), "data": str(data_file), "test_data": args.test_data, **columns,
-             **asdict(settings)}
+    about = {"model": str(model_file), "data": os.path.abspath(data_file), "test_data": args.test_data, **columns,
+             **asdict(settings), "note": bundled}
     options["pooling"] = settings.pooling
     save_classifier(out, model.eval(), tokenizer_files=texts, labels=labels, options=options, about=about)
-    examples = pd.DataFrame({"Label": ["spam", "ham"], "Text": [SPAM_MESSAGE, HAM_MESSAGE]})
-    if labels != ["ham", "spam"]:
-        examples = read_messages(args.data_dir / "test.csv")[:2]
-    for true_label, text in examples.to_numpy():
+    chapters = [("spam", SPAM_MESSAGE), ("ham", HAM_MESSAGE)]
+    for true_label, text in chapters if labels == ["ham", "spam"] else frames[2][:2].to_numpy():
         label, probability = classify_review(text, model, tokenizer, device, labels=labels, **options)
         print(f"{label}  {probability:.4f}  {text}  (true label: {true_label})")
     print(f"Saved {os.path.relpath(out)}; now try: gpt_spam.py classify TEXT")
@@ -993,10 +1000,8 @@ def cmd_train(args, in_experiments=False):
 
 def cmd_experiments(args):
     """Run the book's experiments; print the published accuracy beside ours."""
-    print("| Row | Options | Training | Validation | Test | Published test | Time |", "|---" * 7 + "|", sep="\n")
-    for row in map(int, args.rows.split(",")) if args.rows else range(1, 20):
-        if not 1 <= row <= 19:
-            raise ValueError(f"--rows {row} is not 1 to 19")
+    print("| Row | Options | Training | Validation | Test | Published test |", "|---" * 6 + "|", sep="\n")
+    for row in args.rows or range(1, 20):
         published, *options = EXPERIMENTS[row - 1].split()
         row_args = build_parser().parse_args([*args.argv, *options])
         row_args.device = args.device
@@ -1004,69 +1009,59 @@ def cmd_experiments(args):
             with contextlib.redirect_stdout(sys.stderr):
                 results = cmd_train(row_args, in_experiments=True)
             accuracies = " | ".join(f"{accuracy:.2%}" for accuracy in results["final_accuracy"])
-            ending = f"{accuracies} | {published}% | {results['minutes']:.2f} min |"
-            print(f"| {row} | {' '.join(options)} | {ending}", flush=True)
+            print(f"| {row} | {' '.join(options)} | {accuracies} | {published}% |", flush=True)
 
 
 def cmd_evaluate(args):
-    """Measure a classifier on its own test split, or on all of --data."""
-    args.classifier = args.classifier or args.weights_dir / "spam_classifier.pth"
-    model, tokenizer, labels, options, about = load_classifier(args.classifier, args.model and find_model(args))
-    split = args.split or ("all" if args.data or about.get("test_data") else "test")
-    args.data = args.data or about.get("test_data") or about.get("data")
+    """Measure a classifier on its run's test split, or on all of --data."""
+    model, tokenizer, labels, options, about = load_classifier(
+        args.classifier or args.weights_dir / "spam_classifier.pth", args.model and find_model(args))
+    whole = args.data or args.test_data or about.get("test_data")
+    args.data = whole or about.get("data")
     path = find_data(args)
     df = read_messages(path, *(getattr(args, name) or about.get(name) for name in ("text_column", "label_column")))
-    if split != "all":
-        df = prepare_splits(df, about.get("balance", "auto"), about.get("dedupe"))[0][SPLITS.index(split)]
+    if not whole:
+        df = prepare_splits(df, about.get("balance", "auto"), about.get("dedupe"))[0][2]
     if unknown := sorted(set(df["Label"]) - set(labels)):
         raise ValueError(f"labels {unknown[:5]} of {path} are not among {labels}")
     probabilities = predict(df["Text"].tolist(), model, tokenizer, args.device, **options)
     accuracy, table, confusion = calc_metrics(df["Label"].map(labels.index), probabilities.argmax(dim=1), labels)
-    print(f"{os.path.relpath(path)}, {split}: {len(df):,} messages, accuracy {accuracy:.2%}\n\n{table.round(4)}")
-    print(f"\nConfusion matrix (row: true, column: predicted)\n{confusion}")
+    part = "all" if whole else "test split"
+    print(f"{os.path.relpath(path)}, {part}: {len(df):,} messages, accuracy {accuracy:.2%}{about.get('note', '')}\n")
+    print(f"{table.round(4)}\n\nConfusion matrix (row: true, column: predicted)\n{confusion}")
 
 
-def read_texts(path, kind=None, text_column=None, rows=4096):
-    """Yield lists of texts of a file or standard input ("-"): lines, or a column of a csv, tsv or jsonl."""
-    kind = kind or Path(path).suffix[1:].lower()
-    with open(0 if path == "-" else path, encoding="utf-8-sig", errors="replace") as file:
-        lines, frames = (line.rstrip("\n") for line in file if line.strip()), ()
-        with reading(path, f"a {kind} file"):
-            if kind == "jsonl":
-                frames = pd.read_json(file, lines=True, dtype=False, chunksize=rows)
-            elif kind in ("csv", "tsv"):
-                separator = "\t" if kind == "tsv" else ","
-                frames = pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False, chunksize=rows)
-            for frame in frames:
-                yield pick_column(frame, text_column or "text", "--text-column", path).astype(str).tolist()
-        while texts := list(islice(lines, rows)):
-            yield texts
+def read_texts(path, text_column=None, rows=4096):
+    """Yield lists of texts: a column of a .csv, .tsv or .jsonl, else the lines of a file or standard input ("-")."""
+    if path.lower().endswith((".csv", ".tsv", ".jsonl")):
+        texts = iter(pick_column(read_table(path), text_column or "text", "--text-column", path))
+    else:
+        lines = open(0 if path == "-" else path, encoding="utf-8-sig", errors="replace")
+        texts = (line.rstrip("\n") for line in lines if line.strip())
+    while chunk := list(islice(texts, rows)):
+        yield chunk
 
 
 def cmd_classify(args):
     """Print a label and its probability for each text, in order."""
     if bool(args.texts) == bool(args.input):
         raise ValueError("give texts, or --input FILE (- for standard input)")
-    args.classifier = args.classifier or args.weights_dir / "spam_classifier.pth"
-    model, tokenizer, labels, options, _ = load_classifier(args.classifier, args.model and find_model(args))
+    model, tokenizer, labels, options, about = load_classifier(
+        args.classifier or args.weights_dir / "spam_classifier.pth", args.model and find_model(args))
     if args.threshold is not None and (len(labels) != 2 or not 0 <= args.threshold <= 1):
         raise ValueError(f"--threshold needs 0 to 1 and two labels, got {args.threshold} and {len(labels)}")
-    header, target = True, atomic_write(args.output) if args.output else contextlib.nullcontext(1)  # 1: standard output
-    with target as file, open(file, "w", encoding="utf-8", errors="replace", closefd=file != 1) as output:
-        for texts in [args.texts] if args.texts else read_texts(args.input, args.input_format, args.text_column):
-            probabilities = predict(texts, model, tokenizer, args.device, **options)
-            spam = probabilities[:, 1] >= (args.threshold or 0)
-            best = probabilities.argmax(dim=1) if args.threshold is None else spam.long()
-            frame = pd.DataFrame({"label": [labels[i] for i in best], "text": texts,
-                                  "probability": probabilities.gather(1, best[:, None])[:, 0]})
-            if args.format == "csv":
-                frame.to_csv(output, index=False, header=header, float_format="%.4f")
-            elif args.format == "jsonl":
-                frame.to_json(output, orient="records", lines=True, force_ascii=False)
-            else:
-                for label, text, probability in frame.itertuples(index=False):
-                    print(label, f"{probability:.4f}", " ".join(text.split()), sep="\t", file=output)
-            header = False
+    for text in filter(os.path.isfile, args.texts):
+        print(f"note: {text!r} is taken as a text; --input reads a file", file=sys.stderr)
+    for texts in [args.texts] if args.texts else read_texts(args.input, args.text_column or about.get("text_column")):
+        probabilities = predict(texts, model, tokenizer, args.device, **options)
+        best = probabilities.argmax(dim=1) if args.threshold is None else (probabilities[:, 1] >= args.threshold).long()
+        for text, i, row in zip(texts, best.tolist(), probabilities.tolist()):
+            if args.format == "jsonl":
+                print(json.dumps({"label": labels[i], "text": text, "probability": row[i]}, ensure_ascii=False))
+                continue
+            if args.format == "by-token":
+                print(*review_by_token(text, model, tokenizer, args.device, labels=labels, **options), sep="\n")
+            print(labels[i], f"{row[i]:.4f}", " ".join(text.split()), sep="\t")
 
 
 def build_parser():
@@ -1077,15 +1072,14 @@ def build_parser():
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--weights-dir", type=Path, default=HERE / "weights", help="default: weights")
     add("--data-dir", type=Path, default=HERE / "data", help="default: data")
-    add("--weights-url", metavar="URL", help="mirror, before /gpt-2/models")
-    add("--data-url", metavar="URL", help="mirror, before /static/public/228")
-    add("--no-verify", dest="verify", action="store_false", help="accept any hash")
+    add("--mirror", metavar="URL", help="download all from URL/gpt-2/models, URL/static/public/228")
+    add("--no-verify", dest="verify", action="store_false", help="skip SHA-256")
     add("--text-column", metavar="NAME", help="default: text")
     add = data.add_argument
     add("--data", help="auto (sms, offline sample), sms, sample, a CSV, TSV or JSON lines file")
     add("--test-data", metavar="FILE", help="default: 20%% of --data")
     add("--label-column", metavar="NAME", help="default: label")
-    classifier.add_argument("--classifier", type=Path, help="default: in --weights-dir")
+    classifier.add_argument("--classifier", type=Path, help="default: where train saves it")
     for f in fields(FinetuneConfig):
         kind = {"type": type(f.default), "choices": f.metadata["choices"] or None}
         if isinstance(f.default, bool):
@@ -1099,31 +1093,31 @@ def build_parser():
         name, text = run.__name__[4:], run.__doc__
         usage = f"gpt_spam.py {name} [options]"
         sub = commands.add_parser(name, usage=usage, help=text, description=text, parents=parents)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         return sub.add_argument
 
     add = command(cmd_train, settings, data, files)
-    add("--out", type=Path, help="default: in --weights-dir")
+    add("--out", type=Path, help="default: WEIGHTS_DIR/spam_classifier.pth")
     add("--metrics", type=Path, help="write JSON")
     add("--plot", type=Path, metavar="FOLDER", help="write two PNGs")
     add = command(cmd_classify, classifier, files)
     add("texts", nargs="*", metavar="TEXT")
     add("--input", help="lines, .csv, .tsv or .jsonl; -: standard input")
-    add("--input-format", choices=("lines", "csv", "tsv", "jsonl"), help="default: by --input's name")
-    add("--output", metavar="FILE", help="default: standard output")
-    add("--format", choices=("text", "csv", "jsonl"), default="text", help="default: text")
-    add("--threshold", type=float, metavar="P", help="second label from this probability on")
-    add = command(cmd_evaluate, classifier, data, files)
-    add("--split", choices=(*SPLITS, "all"), help="default: test, or with --data: all")
-    command(cmd_experiments, settings, data, files)("--rows", metavar="1,2,16", help="default: --model's")
+    add("--format", choices=("text", "jsonl"), default="text", help="default: text (tab-separated)")
+    add("--by-token", dest="format", action="store_const", const="by-token", help="also token by token")
+    add("--threshold", type=float, metavar="P", help="second label if its probability is at least P")
+    command(cmd_evaluate, classifier, data, files)
+    command(cmd_experiments, settings, data, files)(
+        "--rows", nargs="+", type=int, choices=range(1, 20), metavar="N", help="default: all of --model's size")
     return parser
 
 
 def main(argv=None):
     """Run a command; return 0, or 2 after one line about what was wrong."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
     if not hasattr(args, "run"):
+        parser.parse_args(argv)  # says what is unknown
         parser.print_help()
         return 0
     if WORLD_SIZE > 1:
@@ -1133,6 +1127,9 @@ def main(argv=None):
         if RANK:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
+        if unknown:
+            nearest = difflib.get_close_matches(unknown[0], re.findall(r"--[\w-]+", args.parser.format_help()), 1)
+            raise ValueError(f"unexpected {unknown[0]}; {f'did you mean {nearest[0]}?' if nearest else 'see --help'}")
         args.device, args.argv = pick_device(args.device), argv or sys.argv[1:]
         args.run(args)
         sys.stdout.flush()
@@ -1147,4 +1144,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     sys.exit(main())

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "tiktoken==0.14.0", "numpy>=1.26", "requests>=2.31", "pandas>=2.1", "tqdm",
-#     "matplotlib", "pytest", "hypothesis", "scikit-learn"]
+#     "matplotlib", "pytest", "scikit-learn"]
 # ///
 """Offline tests: `python -m pytest -q test_gpt_spam.py`.
 
@@ -31,7 +31,6 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings as hypothesis_settings, strategies as st
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -41,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 MICRO = HERE / "weights" / "micro"  # 2 layers, 16 wide, 320 tokens; written by TensorFlow 2.21
 ENCODER, MERGES = (MICRO / "encoder.json").read_text(), (MICRO / "vocab.bpe").read_text()
 TOKENIZER = g.build_tokenizer(ENCODER, MERGES)
-BUNDLED = [HERE / "data" / "sample_sms.tsv", HERE / "weights" / "messages.tsv"]
+BUNDLED = [HERE / "data" / "sample_sms.tsv", HERE / "data" / "hard_sms.tsv", HERE / "weights" / "messages.tsv"]
 CFG = g.GPTConfig(vocab_size=50, context_length=12, emb_dim=8, n_heads=2, n_layers=3)
 CPU = torch.device("cpu")
 DEAD = "http://127.0.0.1:9"  # nobody listens there
@@ -82,7 +81,6 @@ def run(capfd):
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
-    """The converted micro checkpoint."""
     path = tmp_path_factory.mktemp("micro") / "micro.npz"
     g.convert_checkpoint(MICRO, path)
     return path
@@ -96,7 +94,6 @@ def test_balance_and_split_are_the_chapters_or_take_any_labels_and_a_test_file()
     assert list(map(len, frames)) == [84, 12, 24] and labels == ["ham", "spam"] and weights is None
     shuffled = chapter.sample(frac=1, random_state=123, ignore_index=True)
     pd.testing.assert_frame_equal(pd.concat(frames), shuffled)
-    # any labels, a test file and repeated texts
     df = pd.DataFrame({"Label": ["b"] * 20 + ["a"] * 60 + ["c"] * 10, "Text": [str(i % 88) for i in range(90)]})
     frames, labels, weights = g.prepare_splits(df)
     assert labels == ["a", "b", "c"] and [len(f) for f in frames] == [62, 9, 19]
@@ -115,7 +112,6 @@ def test_balance_and_split_are_the_chapters_or_take_any_labels_and_a_test_file()
 @pytest.mark.parametrize("name, content", [
     ("glued.tsv", 'ham\t"hi, you\nspam\tthree"\nspam\tNA\n'),  # by default quoting, as in the chapter
     ("a.csv", 'id,Text,Label\n1,"hi, you\nspam\tthree",ham\n2,NA,spam\n'),
-    ("a.tsv", 'Label\tText\nham\t"hi, you\nspam\tthree"\nspam\tNA\n'),
     ("a.jsonl", '{"text": "hi, you\\nspam\\tthree", "label": "ham"}\n{"label": "spam", "text": "NA"}\n'),
     ("bom.csv", '\ufeffText,Label\r\n"hi, you\nspam\tthree",ham\r\nNA,spam\r\n'),
 ])
@@ -142,21 +138,20 @@ def test_counts_of_the_sms_spam_collection():
     df = g.read_messages(HERE / "data" / "SMSSpamCollection.tsv")
     assert df["Label"].value_counts().to_dict() == {"ham": 4825, "spam": 747}
     assert [len(s) for s in g.prepare_splits(df)[0]] == [1045, 149, 300]
-    for file in BUNDLED:  # the bundled model has seen none of it
-        assert not g.read_messages(file)["Text"].isin(df["Text"]).any()
+    assert not any(g.read_messages(file)["Text"].isin(df["Text"]).any() for file in BUNDLED)
 
 
 def test_no_two_bundled_messages_are_alike():
     frames = [g.read_messages(file) for file in BUNDLED]
-    assert len(frames[0]) >= 1000 and frames[0]["Label"].value_counts().nunique() == 1
+    assert len(frames[0]) >= 1400 and frames[0]["Label"].value_counts().nunique() == 1 and len(frames[1]) >= 250
     texts = pd.concat(frames)["Text"].tolist()
     words = [frozenset(re.findall(r"\w+", text.lower())) for text in texts]
     counts, holders = Counter(word for own in words for word in own), {}
     for i, own in enumerate(words):
-        # Two that share over 60% of their words share one of the 40% and one that are the rarest.
-        rarest = sorted(own, key=lambda word: (counts[word], word))[:len(own) * 2 // 5 + 1]
+        # Two that share over half of their words share one of the half and one that are the rarest.
+        rarest = sorted(own, key=lambda word: (counts[word], word))[:len(own) // 2 + 1]
         for j in {j for word in rarest for j in holders.get(word, ())}:
-            assert len(own & words[j]) <= 0.6 * len(own | words[j]), (texts[i], texts[j])
+            assert len(own & words[j]) <= 0.5 * len(own | words[j]), (texts[i], texts[j])
         for word in rarest:
             holders.setdefault(word, []).append(i)
 
@@ -171,16 +166,12 @@ def test_tokenizer_merges_as_byte_pair_encoding_does():
             i = min(pairs)[1]
             parts[i:i + 2] = ["".join(parts[i:i + 2])]
         assert TOKENIZER.encode_ordinary(word) == [encoder[p] for p in parts]
+    text = "".join(map(chr, range(0x24F))) + "😀\ufffd"
+    assert TOKENIZER.decode(TOKENIZER.encode_ordinary(text)) == text
     assert TOKENIZER.eot_token == 319 not in TOKENIZER.encode_ordinary("<|endoftext|>")
     merges[5], merges[6] = merges[6], merges[5]
     with pytest.raises(ValueError, match="do not belong together"):
         g.build_tokenizer(ENCODER, "\n".join(merges))
-
-
-@hypothesis_settings(max_examples=100, deadline=None)
-@given(text=st.text())
-def test_any_text_survives_the_tokenizer(text):
-    assert TOKENIZER.decode(TOKENIZER.encode_ordinary(text)) == text
 
 
 def test_dataset_pads_cuts_and_knows_where_to_read(tmp_path):
@@ -327,13 +318,13 @@ def test_last_block_at_one_position_equals_the_block_in_values_and_gradients(cau
 
 def test_training_equals_a_plain_loop(tmp_path):
     ours, loaders, length = train(tmp_path, "--eval-iter", 2), [], None
-    for name in g.SPLITS:
+    for name in ("train", "validation", "test"):
         frame = pd.read_csv(tmp_path / "d" / f"{name}.csv", keep_default_na=False).replace({"ham": 0, "spam": 1})
         encoded = [TOKENIZER.encode_ordinary(text) for text in frame["Text"]]
         length = length or max(map(len, encoded))
         rows = [(torch.tensor((ids + [319] * length)[:length]), y) for ids, y in zip(encoded, frame["Label"])]
         loaders.append(torch.utils.data.DataLoader(rows, 8, shuffle=name == "train", drop_last=name == "train"))
-    model, _ = g.load_pretrained(tmp_path / "w" / "gpt2-micro.npz")
+    model, _ = g.load_pretrained(tmp_path / "w" / "folder-micro.npz")
     g.add_classification_head(model, 2)
     torch.manual_seed(123)
     optimizer, step, logged = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1), 0, []
@@ -365,7 +356,7 @@ def test_the_learning_rate_rises_and_falls_in_a_line(tmp_path):
     "", "--trainable-layers last_layer", "--trainable-layers last_two_blocks", "--token-pos first", "--pooling mean",
     "--token-pos last_real", "--no-causal-mask", "--no-padding --batch-size 4", "--context-length model",
     "--trainable-layers lora", "--no-padding --batch-size 1 --pooling mean", "--weights random --trainable-layers all",
-    "--ignore-index 319",
+    "--ignore-index 319", "--no-padding --batch-size 1 --no-causal-mask",
 ])
 def test_the_cache_and_the_fast_last_block_change_no_loss_and_no_accuracy(tmp_path, monkeypatch, changes):
     fast, plain = (train(tmp_path, *changes.split(), cache) for cache in ("--cache", "--no-cache"))
@@ -396,7 +387,7 @@ def test_bfloat16_stays_near_float32_and_reopens_bit_for_bit(tmp_path):
     full, half = (losses(train(tmp_path, "--dtype", dtype)) for dtype in ("float32", "bfloat16"))
     assert half == pytest.approx(full, abs=0.02) and half != full
     blocks = g.load_classifier(tmp_path / "w" / "spam_classifier.pth")[0].trf_blocks
-    pretrained = g.load_pretrained(tmp_path / "w" / "gpt2-micro.npz")[0].trf_blocks[0].to(torch.bfloat16)
+    pretrained = g.load_pretrained(tmp_path / "w" / "folder-micro.npz")[0].trf_blocks[0].to(torch.bfloat16)
     torch.testing.assert_close(dict(blocks[0].state_dict()), dict(pretrained.state_dict()), rtol=0, atol=0)
     assert blocks[1].norm1.scale.dtype == torch.float32
 
@@ -429,7 +420,7 @@ def test_lora_starts_unchanged_trains_every_linear_and_merges():
 def test_experiments(run, tmp_path):
     places = ["--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d", "--device", "cpu"]
     _, out, err = run("experiments", "--model", MICRO, "--data", small_data(tmp_path / "d.tsv"), *places, "--epochs", 1,
-                      "--rows", "1,16,18,19")
+                      "--rows", 1, 16, 18, 19)
     table = [line.strip("| ").split(" | ") for line in out.splitlines()[2:]]
     assert [row[0] for row in table] == ["1", "16", "18", "19"] and table[1][1] == "--token-pos last_real", err
     assert [row[5] for row in table] == ["95.00%", "98.33%", "95.00%", "96.33%"] and table[0][2:5] == table[2][2:5]
@@ -443,10 +434,9 @@ def test_metrics_equal_scikit_learn(classes):
     labels, predicted = rng.integers(classes, size=300), rng.integers(classes - 1, size=300)  # one is never predicted
     accuracy, table, confusion = g.calc_metrics(labels, predicted, names)
     theirs = sk.classification_report(labels, predicted, target_names=names, output_dict=True, zero_division=0)
-    table = table.rename(columns={"f1": "f1-score"})
     assert accuracy == pytest.approx(theirs["accuracy"])
     for name in names:
-        assert table.loc[name].to_dict() == pytest.approx(theirs[name])
+        assert table.rename(columns={"f1": "f1-score"}).loc[name].to_dict() == pytest.approx(theirs[name])
     assert confusion.to_numpy().tolist() == sk.confusion_matrix(labels, predicted).tolist()
 
 
@@ -475,8 +465,8 @@ assert model(torch.zeros(2, 12, dtype=int)).shape == (2, 12, 4)"""),
 dataset = SpamDataset(pd.DataFrame({"Text": ["a", "bb"], "Label": [0, 1]}), tokenizer, padding=False)
 ids, positions, labels = next(iter(DataLoader(dataset, 2, collate_fn=collate)))
 assert labels.tolist() == [0, 1]"""),
-    ("GPT2_SPLIT END_OF_TEXT build_tokenizer", "build_tokenizer(ENCODER, MERGES).encode_ordinary('hello')"),
-    ("mean_over_processes calc_logits calc_loss_batch calc_loss_loader calc_accuracy_loader evaluate_model "
+    ("END_OF_TEXT build_tokenizer", "build_tokenizer(ENCODER, MERGES).encode_ordinary('hello')"),
+    ("mean_over_processes calc_loss_batch calc_loss_loader calc_accuracy_loader evaluate_model "
      "train_classifier_simple", """
 pairs, model = [(torch.eye(4), torch.tensor([0, 1, 0, 1]))] * 3, nn.Linear(4, 2)
 log = train_classifier_simple(model, pairs, pairs, torch.optim.AdamW(model.parameters(), lr=0.1), "cpu", 9, 5, 2)
@@ -565,7 +555,7 @@ def test_an_error_inside_an_atomic_write_gets_out_and_leaves_what_was(tmp_path):
 
 
 def test_a_damaged_checkpoint_that_was_downloaded_is_thrown_away(server, run, tmp_path, monkeypatch):
-    args = train_arguments(tmp_path, "--weights-url", server.url, model="355M")
+    args = train_arguments(tmp_path, "--mirror", server.url, model="355M")
     assert "SHA-256" in run(*args)[2]  # encoder.json and vocab.bpe are not GPT-2's
     monkeypatch.setitem(server.files, f"/gpt-2/models/355M/{g.DATA_FILE}", (MICRO / g.DATA_FILE).read_bytes()[:-4])
     status, _, err = run(*args, "--no-verify")
@@ -581,7 +571,7 @@ def trained(server, tmp_path_factory):
         zipped.writestr("SMSSpamCollection", small_data(folder / "raw.tsv").read_bytes())
     server.files["/static/public/228/sms+spam+collection.zip"] = archive.getvalue()
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        metrics = train(folder, "--weights-url", server.url, "--data-url", server.url, "--no-verify", "--plot",
+        metrics = train(folder, "--mirror", server.url, "--no-verify", "--plot",
                         folder / "plots", model="124M", data="auto")
     return folder, metrics, out.getvalue()
 
@@ -593,27 +583,27 @@ def test_train_from_a_mirror(trained):
     assert re.search(r"Ep 1 \(Step 000000\): Train loss \d\.\d{3}, Val loss \d\.\d{3}", out)
     assert re.search(r"\nTraining accuracy: [\d.]+% \| Validation accuracy: [\d.]+%\n", out)
     assert len(metrics["train_loss"]) == 3 and len(metrics["val_accuracy"]) == 2 and metrics["examples_seen"] == 64
-    assert "Final: accuracy {:.2%} / {:.2%} / {:.2%} (whole splits)".format(*metrics["final_accuracy"]) in out
+    assert "Final: accuracy {:.2%} / {:.2%} / {:.2%} (all batches)".format(*metrics["final_accuracy"]) in out
     for plot in ("loss", "accuracy"):
         assert (folder / "plots" / f"{plot}-plot.png").read_bytes().startswith(b"\x89PNG")
-    train(folder, "--weights-url", DEAD, "--data-url", DEAD, model="124M", data="sms")  # now without network
+    train(folder, "--mirror", DEAD, model="124M", data="sms")  # now without network
 
 
 def test_own_labels_columns_and_test_file(run, tmp_path):
     df = g.read_messages(small_data(tmp_path / "d.tsv"))
     frame = pd.DataFrame({"stars": df["Label"].map({"ham": 5, "spam": 1}), "review": df["Text"]})
-    frame[:34].to_csv(tmp_path / "r.csv", index=False)
-    frame[34:].to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+    frame.drop(frame.index[::4]).to_csv(tmp_path / "r.csv", index=False)
+    frame[::4].to_json(tmp_path / "t.jsonl", orient="records", lines=True)
     train(tmp_path, "--text-column", "review", "--label-column", "stars", "--test-data", tmp_path / "t.jsonl",
           data=tmp_path / "r.csv")
     assert set(pd.read_csv(tmp_path / "d" / "test.csv")["Label"]) == {1, 5}  # the labels as they were
-    out = run("evaluate", "--weights-dir", tmp_path / "w", "--device", "cpu")[1]
-    assert re.search(r"t\.jsonl, all: 12 messages.*\n5 ", out, re.DOTALL)
+    assert "would overwrite" in run(*train_arguments(tmp_path, data=tmp_path / "d" / "train.csv"))[2]
+    assert re.search(r"(?s)t\.jsonl, all: 12 messages.*\n5 ", run("evaluate", "--weights-dir", tmp_path / "w")[1])
 
 
 def test_use(trained, run, tmp_path):
     where = ["--weights-dir", trained[0] / "w", "--data-dir", trained[0] / "d", "--device", "cpu"]
-    assert re.search(r"test: 10 messages, accuracy [\d.]+%", run("evaluate", *where)[1])
+    assert re.search(r"test split: 10 messages, accuracy [\d.]+%", run("evaluate", *where)[1])
     assert "all: 32 messages" in run("evaluate", *where, "--data", trained[0] / "d" / "train.csv")[1]
     (tmp_path / "o.csv").write_text("label,text\neggs,hi\n")
     assert "['eggs']" in run("evaluate", *where, "--data", tmp_path / "o.csv")[2]
@@ -627,13 +617,26 @@ def test_use(trained, run, tmp_path):
     lines = "\n\n".join(texts).encode() + b"\n\xff broken\r\nwin"
     rows = map(json.loads, classify("a.txt", lines, "--format", "jsonl")[1].splitlines())
     assert [row["text"] for row in rows] == [*texts, "\ufffd broken", "win"]
-    classify("a.csv", b'Id,Text\n1,"two\nlines"\n2,"b, c"\n', "--output", tmp_path / "out.csv", "--format", "csv")
-    assert pd.read_csv(tmp_path / "out.csv")["text"].tolist() == ["two\nlines", "b, c"]
+    rows = classify("a.csv", b'Id,Text\n1,"two\nlines"\n2,"b, c"\n')[1].splitlines()
+    assert [row.split("\t")[2] for row in rows] == ["two lines", "b, c"]
     surrogate = b'{"text": "a"}\n{"text": "\\ud800 surrogate"}\n'
     assert len(classify("a.jsonl", surrogate)[1].splitlines()) == 2
-    status, _, err = classify("bad.jsonl", b'{"text": "a"}\nnonsense\n', "--output", tmp_path / "no")
-    assert status == 2 and "not a jsonl file" in err and not (tmp_path / "no").exists()
+    status, out, err = classify("bad.jsonl", b'{"text": "a"}\nnonsense\n')
+    assert status == 2 and "bad.jsonl is not a table of texts" in err and not out
     assert [run("classify", *where, "--threshold", t, "hello")[1].split()[0] for t in (0, 1)] == ["spam", "ham"]
+
+
+def test_by_token_reads_each_beginning_as_classify_does(trained, run):
+    path, text = trained[0] / "w" / "spam_classifier.pth", "Win 😀\nnow"
+    out = run("classify", "--classifier", path, "--device", "cpu", "--by-token", text, "")[1].splitlines()
+    model, tokenizer, labels, options, _ = g.load_classifier(path)
+    ids = tokenizer.encode_ordinary(text)
+    tokens, numbers = zip(*(line.split(" spam ") for line in out[:len(ids)]))
+    assert "".join(map(str.rstrip, tokens)) == "Win\\xf0\\x9f\\x98\\x80\\nnow"
+    for end, number in enumerate(numbers, 1):
+        padded = torch.tensor([ids[:end] + [tokenizer.eot_token] * (options["max_length"] - end)])
+        assert number.split()[0] == f"{model(padded)[0, -1].softmax(dim=0)[1]:.4f}"
+    assert re.fullmatch(r"(ham|spam)\t[01]\.\d{4}\tWin 😀 now", out[len(ids)]) and "<|endoftext|>" in out[-2]
 
 
 def test_standard_input_and_a_closed_pipe_that_is_no_error(trained):
@@ -650,11 +653,7 @@ def test_only_a_classifier_or_state_dict_is_loaded_and_runs_no_code(trained, mic
 
     monkeypatch.chdir(tmp_path)
     path, bad = trained[0] / "w" / "spam_classifier.pth", Path("bad.pth")
-    good, data = torch.load(path, weights_only=True), bytearray(path.read_bytes())
-    data[data.index(good["model"]["pos_emb.weight"].numpy().tobytes()) + 100] ^= 1
-    bad.write_bytes(data)
-    with pytest.raises(ValueError, match="bad.pth is not a classifier.*damaged"):
-        g.load_classifier(bad)
+    good = torch.load(path, weights_only=True)
     for content, said in ((Evil(), ""), ({**good, "about": Evil()}, ""), ({**good, "labels": ["a"]}, "state_dict"),
                           ([1], ""), (good["model"], "--model")):
         torch.save(content, bad)
@@ -669,13 +668,12 @@ def test_only_a_classifier_or_state_dict_is_loaded_and_runs_no_code(trained, mic
 
 
 def test_without_any_network_the_bundled_model_and_messages_are_used_and_named(run, tmp_path):
-    places = ["train", "--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d", "--weights-url", DEAD,
-              "--data-url", DEAD, "--device", "cpu"]
+    places = ["train", "--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d", "--mirror", DEAD]
     status, out, err = run(*places, "--epochs", 1, "--token-pos", "last_real")  # without padding, thus fast
     assert status == 0 and out.count("bundled model or messages") == 2, err  # at the start and the final accuracies
     assert "Changed from the chapter: epochs 1, lr 0.001, schedule linear" in out  # the model's own settings
     assert "cannot download" in run(*places, "--model", "124M")[2]
-    (tmp_path / "w" / "124M" / "vocab.bpe.part").write_bytes(b"half")
+    (tmp_path / "w" / "124M.download" / "vocab.bpe.part").write_bytes(b"half")
     assert "cannot download" in run(*places)[2]  # a broken download is not given up silently
 
 
@@ -684,8 +682,7 @@ def test_the_bundled_model_is_a_small_gpt_in_the_form_of_a_converted_checkpoint(
     model, texts = g.load_pretrained(g.TINY)
     tokenizer = g.build_tokenizer(texts["encoder.json"], texts["vocab.bpe"])
     assert model.cfg.context_length >= 256 and tokenizer.n_vocab == model.cfg.vocab_size
-    text = "It was a dark night, and the rain fell on the roof of the old house."
-    ids = torch.tensor([tokenizer.encode_ordinary(text)])
+    ids = torch.tensor([tokenizer.encode_ordinary("It was a dark night, and the rain fell on the roof of the house.")])
     loss = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:]).item()
     assert loss < 0.7 * math.log(model.cfg.vocab_size)  # it has learned something: knowing nothing costs 8.3 nats
     card = (HERE / "weights" / "README.md").read_text()
@@ -708,14 +705,14 @@ def test_two_steps_of_pretraining_run_through(tmp_path, monkeypatch):
 @pytest.mark.parametrize("args, said", [
     (["train", "--model", "gpt5"], "gpt5 is not a checkpoint"), (["train", "--device", "warp"], "no device 'warp'"),
     (["train", "--model", HERE / "data"], "not a checkpoint in OpenAI's layout"),
-    (["train", "--model", "124M", "--weights-url", DEAD], f"{DEAD}/gpt-2/models/124M/"),
+    (["train", "--model", "124M", "--mirror", DEAD], f"{DEAD}/gpt-2/models/124M/"),
     (["train", "--data", "nowhere.tsv"], "nowhere.tsv"), (["train", "--out", HERE], "cannot write"),
     (["train", "--data", MICRO / "vocab.bpe"], "no column 'label'"), (["train", "--lr", 1e30], "try a smaller --lr"),
-    (["train", "--batch-size", 0], "batch_size must be at least 1, got 0"),
+    (["train", "--batch-size", 0], "at least 1, got 0"), (["train", "--batch-size", 33], "33 is more than 32 training"),
     (["train", "--no-padding", "--pooling", "mean"], "requires --batch-size 1"),
     (["train", "--context-length", 9999], "9999 tokens, the model has 1 to 1024"),
     (["train", "--context-length", 0], "0 tokens, the model has 1 to 1024; set --context-length"),
-    (["classify"], "give texts, or --input"), (["experiments", "--rows", "20"], "--rows 20 is not 1 to 19"),
+    (["classify"], "give texts, or --input"), (["train", "--lora-rnak", 4], "did you mean --lora-rank?"),
     (["classify", "--classifier", "none.pth", "hi"], "none.pth is not a classifier; make one with"),
     (["classify", "--classifier", BUNDLED[0], "hi"], "is not a classifier"),
 ])
@@ -740,11 +737,14 @@ def test_the_file_alone_runs(tmp_path):
 
 @pytest.mark.skipif(not os.environ.get("GPT_SPAM_ONLINE"), reason="downloads OpenAI's 124M: set GPT_SPAM_ONLINE=1")
 def test_numbers_printed_in_the_chapter(run, tmp_path):
-    metrics = tmp_path / "m.json"
-    _, out, err = run("train", "--model", "124M", "--data", "sms", "--device", "cpu", "--metrics", metrics)
+    _, out, err = run("train", "--model", "124M", "--data", "sms", "--device", "cpu", "--metrics", tmp_path / "m.json")
     assert "forward.\\n\\nThe first step is to understand the importance of your work" in out, err
     assert "accuracy 46.25% / 45.00% / 48.75% (10 batches), loss 2.453 / 2.583 / 2.322" in out
-    metrics = json.loads(metrics.read_text())
+    metrics = json.loads((tmp_path / "m.json").read_text())
     assert (metrics["train_loss"][0], metrics["val_loss"][0]) == pytest.approx((2.153, 2.392), abs=6e-4)
     assert (metrics["train_loss"][12], metrics["val_loss"][12]) == pytest.approx((0.083, 0.074), abs=6e-4)
     assert [round(100 * accuracy, 2) for accuracy in metrics["final_accuracy"]] == [97.21, 97.32, 95.67]
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(["-q", *sys.argv]))

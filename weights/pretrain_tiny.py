@@ -47,7 +47,7 @@ def train_bpe(texts, vocab_size):
     character = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(order[len(printable):])}
     words = Counter()
     for text, weight in texts:
-        for word in regex.findall(gpt_spam.GPT2_SPLIT, text):
+        for word in regex.findall(gpt_spam.r50k_pat_str, text):
             words[word] += weight
     pieces = [[character[b] for b in word.encode()] for word in words]
     counts = list(words.values())
@@ -183,7 +183,7 @@ def main():
     parser.add_argument("--sample", type=Path, default=HERE.parent / "data" / "sample_sms.tsv",
                         help="labelled messages whose training part is read, too")
     parser.add_argument("--out", type=Path, default=HERE / "tiny.npz")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--batch-size", type=int, default=16, help="windows of 256 tokens a step")
     parser.add_argument("--message-rows", type=int, default=6, help="how many of them hold messages")
     parser.add_argument("--lr", type=float, default=3e-3)
