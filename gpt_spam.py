@@ -892,6 +892,8 @@ def cmd_train(args, in_experiments=False):
         df = create_balanced_dataset(df).sample(frac=1, random_state=123).reset_index(drop=True)
         settings = replace(settings, balance="none")
     frames, labels, class_weights = prepare_splits(df, settings.balance, settings.dedupe, test)
+    if len(frames[0]) < settings.batch_size:
+        raise ValueError(f"--batch-size {settings.batch_size} is more than {len(frames[0])} training messages")
     for name, frame in zip(() if in_experiments else ("train", "validation", "test"), frames):
         path = args.data_dir / f"{name}.csv"
         if path.resolve() in (data_file.resolve(), Path(args.test_data or "").resolve()):
@@ -943,8 +945,6 @@ def cmd_train(args, in_experiments=False):
     label_logits = LabelLogits(model, settings.pooling, num_frozen, settings.cache)
     if WORLD_SIZE > 1:
         label_logits = nn.parallel.DistributedDataParallel(label_logits, find_unused_parameters=True)
-    if len(frames[0]) < settings.batch_size:
-        raise ValueError(f"--batch-size {settings.batch_size} is more than {len(frames[0])} training messages")
     loaders = [DataLoader(dataset, max(1, settings.batch_size // WORLD_SIZE), shuffle=i == 0, drop_last=i == 0,
                           collate_fn=collate) for i, dataset in enumerate(datasets)]
 
