@@ -1,7 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "tiktoken==0.14.0", "numpy>=1.26", "requests>=2.31", "pandas>=2.1", "tqdm",
-#     "matplotlib"]
+# dependencies = ["torch==2.13.0", "tiktoken==0.14.0", "numpy", "requests", "pandas", "tqdm", "matplotlib"]
 # ///
 """Finetune GPT-2 to classify spam: chapter 6 of "Build a Large Language Model (From Scratch)" in one file.
 
@@ -14,6 +13,7 @@ several processes, files, command line. Shapes: batch, tokens, emb = heads * hea
 import argparse
 import contextlib
 import difflib
+import gc
 import hashlib
 import json
 import math
@@ -31,7 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import requests
 import tiktoken
 import torch
 import torch.nn.functional as F
@@ -75,7 +74,7 @@ class FinetuneConfig:
     dedupe: bool = setting(False, "drop repeated texts first")
     ignore_index: int = setting(-100, "label ignored by the loss")
     dtype: str = setting("float32", "frozen blocks' dtype", "float32", "bfloat16")
-    cache: bool = setting(True, "compute frozen blocks only once per message")
+    cache: bool = setting(True, "compute frozen blocks once per message")
 
     def __post_init__(self):
         for name in ("batch_size", "accumulation_steps", "eval_freq", "eval_iter", "lora_rank"):
@@ -129,18 +128,18 @@ def read_table(path):
 def read_messages(path, text_column=None, label_column=None):
     """Return a table's labelled texts as a frame of strings: Label, Text."""
     table = read_table(path)
-    df = pd.DataFrame({"Label": pick_column(table, label_column or "label", "--label-column", path),
-                       "Text": pick_column(table, text_column or "text", "--text-column", path)})
+    df = pd.DataFrame({"Label": pick_column(table, "label", label_column, path),
+                       "Text": pick_column(table, "text", text_column, path)})
     if (df["Label"] == "").any():
         raise ValueError(f"message {(df['Label'] == '').argmax() + 1} of {path} has no label")
     return df
 
 
-def pick_column(df, name, option, path):
-    """Return the column `name`, in any case, of a frame that was read from `path`, as strings."""
-    columns = {str(column).lower(): column for column in df.columns}
+def pick_column(df, kind, name, path):
+    """Return the column `name` (default: `kind`), in any case, of a frame read from `path`, as strings."""
+    name, columns = name or kind, {str(column).lower(): column for column in df.columns}
     if name.lower() not in columns:
-        raise ValueError(f"no column {name!r} in {path} (columns: {', '.join(columns)[:200]}); set {option}")
+        raise ValueError(f"no column {name!r} in {path} (columns: {', '.join(columns)[:200]}); set --{kind}-column")
     return df[columns[name.lower()]].fillna("").astype(str)
 
 
@@ -190,7 +189,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 def build_tokenizer(encoder_json, vocab_bpe):
     """Return a tiktoken.Encoding from the text of OpenAI's two tokenizer files; use its `encode_ordinary`."""
-    # OpenAI writes each byte as one printable character: itself, or 256 and up in order.
+    # OpenAI writes each byte as one printable character: itself, or 256 and up.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -234,7 +233,7 @@ class SpamDataset(Dataset):
 def collate(items):
     """Stack items: ids (batch, tokens) or hidden states (batch, tokens, emb), positions, labels (batch,)."""
     inputs, positions, labels = zip(*items)
-    # Causal attention never reads the zeros at the end; without it, lengths must be equal.
+    # Causal attention never reads the zeros; without it, lengths must be equal.
     return nn.utils.rnn.pad_sequence(inputs, batch_first=True), torch.stack(positions), torch.stack(labels)
 
 
@@ -528,7 +527,7 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
 
 def plot_values(epochs_seen, examples_seen, train_values, val_values, label="loss"):
     """Return a figure of values over epochs and, above, examples seen."""
-    from matplotlib.figure import Figure  # no global state
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(5, 3), dpi=150)
     ax1 = fig.add_subplot()
     ax1.plot(epochs_seen, train_values, label=f"Training {label}")
@@ -571,7 +570,7 @@ def review_by_token(text, model, tokenizer, device, max_length=None, labels=("ha
     for token, row in zip(map(tokenizer.decode_single_token_bytes, ids), probabilities):
         shown = repr(token.decode("utf-8", "backslashreplace"))[1:-1].replace("\\\\", "\\")  # or half a character
         label = 1 if len(labels) == 2 else int(row.argmax())
-        yield f"{shown:<15} {labels[label]} {row[label]:.4f} {'█' * round(20 * row[label].item())}"
+        yield f"{shown:<15} {labels[label]} {row[label]:.4f} {'█' * round(20 * row[label].item())}".rstrip()
 
 
 def save_classifier(path, model, **parts):
@@ -715,6 +714,7 @@ def mean_over_processes(total, count):
 
 def download(urls, path, check):
     """Fetch `path` from the first of `urls` that `check(file)` accepts; resumes a partial download."""
+    import requests  # 0.1 s, for downloads only
     if path.exists():  # fetched by hand
         return check(path)
     part, failures, answered = path.with_name(path.name + ".part"), {}, False
@@ -750,9 +750,9 @@ def check_sha256(path, expected):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Give a temporary name that becomes `path` if the block succeeds: never half a file."""
+    """Give a temporary name that becomes `path` if the block succeeds."""
     path = Path(path).resolve()
-    if RANK or path.is_char_device() or path.is_fifo():  # one process writes
+    if RANK or path.exists() and not path.is_file():  # one process writes
         yield Path(os.devnull) if RANK else path
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -843,7 +843,7 @@ def pick_device(name):
 
 SPAM_MESSAGE = "You are a winner you have been specially selected to receive $1000 cash or a $2000 award."
 HAM_MESSAGE = "Hey, just wanted to check if we're still on for dinner tonight? Let me know!"
-# The book's table, row by row: published test accuracy, options. Its script ignores row 18's option.
+# The book's table, row by row: published test accuracy, options.
 EXPERIMENTS = """95.00
 75.00 --token-pos first
 72.00 --trainable-layers last_layer
@@ -870,7 +870,7 @@ def cmd_train(args, in_experiments=False):
     device, out = args.device, getattr(args, "out", None) or args.weights_dir / "spam_classifier.pth"
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise PermissionError(f"cannot write {out}")
+        raise OSError(f"cannot write {out}")
     for turn in range(WORLD_SIZE):  # the first downloads
         if turn == RANK:
             model_file, data_file = find_model(args), find_data(args)
@@ -904,7 +904,7 @@ def cmd_train(args, in_experiments=False):
 
     # 6.3 data loaders
     tokenizer, limit = build_tokenizer(texts["encoder.json"], texts["vocab.bpe"]), model.cfg.context_length
-    length = settings.context_length if settings.padding else "model"  # without padding, as the book's script
+    length = settings.context_length if settings.padding else "model"  # as the book's script
     length = {"longest": None, "model": limit}.get(length, length)
     # Padding is left out where it cannot affect the logits.
     unaffected = settings.causal_mask and settings.pooling == "none" and settings.token_pos != "last"
@@ -986,7 +986,7 @@ def cmd_train(args, in_experiments=False):
     for true_label, text in chapters if labels == ["ham", "spam"] else frames[2][:2].to_numpy():
         label, probability = classify_review(text, model, tokenizer, device, labels=labels, **options)
         print(f"{label}  {probability:.4f}  {text}  (true label: {true_label})")
-    print(f"Saved {os.path.relpath(out)}; now try: gpt_spam.py classify TEXT")
+    print(f"Saved {os.path.relpath(out)}; try: gpt_spam.py classify TEXT")
     if args.metrics:
         with atomic_write(args.metrics) as temporary:
             temporary.write_text(json.dumps({**results, **about}, indent=2) + "\n")
@@ -1032,9 +1032,9 @@ def cmd_evaluate(args):
 
 
 def read_texts(path, text_column=None, rows=4096):
-    """Yield lists of texts: a column of a .csv, .tsv or .jsonl, else the lines of a file or standard input ("-")."""
+    """Yield lists of texts: a column of a .csv, .tsv or .jsonl, else lines of a file or standard input ("-")."""
     if path.lower().endswith((".csv", ".tsv", ".jsonl")):
-        texts = iter(pick_column(read_table(path), text_column or "text", "--text-column", path))
+        texts = iter(pick_column(read_table(path), "text", text_column, path))
     else:
         lines = open(0 if path == "-" else path, encoding="utf-8-sig", errors="replace")
         texts = (line.rstrip("\n") for line in lines if line.strip())
@@ -1077,11 +1077,12 @@ def build_parser():
     add("--text-column", metavar="NAME", help="default: text")
     add = data.add_argument
     add("--data", help="auto (sms, offline sample), sms, sample, a CSV, TSV or JSON lines file")
-    add("--test-data", metavar="FILE", help="default: 20%% of --data")
+    add("--test-data", type=os.path.abspath, metavar="FILE", help="default: 20%% of --data")
     add("--label-column", metavar="NAME", help="default: label")
     classifier.add_argument("--classifier", type=Path, help="default: where train saves it")
     for f in fields(FinetuneConfig):
-        kind = {"type": type(f.default), "choices": f.metadata["choices"] or None}
+        choices = f.metadata["choices"]
+        kind = {"type": type(f.default), "choices": choices or None, "metavar": "|".join(choices) or "N"}
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         settings.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
@@ -1091,8 +1092,8 @@ def build_parser():
 
     def command(run, *parents):
         name, text = run.__name__[4:], run.__doc__
-        usage = f"gpt_spam.py {name} [options]"
-        sub = commands.add_parser(name, usage=usage, help=text, description=text, parents=parents)
+        sub = commands.add_parser(
+            name, usage=f"gpt_spam.py {name} [options]", help=text, description=text, parents=parents)
         sub.set_defaults(run=run, parser=sub)
         return sub.add_argument
 
@@ -1134,7 +1135,7 @@ def main(argv=None):
         args.run(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, ImportError) as error:
@@ -1144,5 +1145,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    gc.freeze()  # else the exit spends 0.5 s on the imported modules
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     sys.exit(main())

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "tiktoken==0.14.0", "numpy>=1.26", "requests>=2.31", "pandas>=2.1", "tqdm",
-#     "matplotlib", "pytest", "scikit-learn"]
+# dependencies = ["torch==2.13.0", "tiktoken==0.14.0", "numpy", "requests", "pandas", "tqdm", "matplotlib",
+#     "pytest", "scikit-learn"]
 # ///
 """Offline tests: `python -m pytest -q test_gpt_spam.py`.
 
