@@ -54,11 +54,11 @@ class FinetuneConfig:
     batch_size: int = setting(8, "messages per step")
     lr: float = setting(5e-5, "AdamW's learning rate")
     weight_decay: float = setting(0.1, "AdamW's weight decay")
-    schedule: str = setting("constant", "linear: warm up for 10%%, then decay to 0", "constant", "linear")
-    accumulation_steps: int = setting(1, "batches per update")
     eval_freq: int = setting(50, "steps between logged losses")
     eval_iter: int = setting(5, "batches averaged for a log line")
     seed: int = setting(123, "seed of new weights and batch order")
+    schedule: str = setting("constant", "linear: warm up for 10%%, then decay to 0", "constant", "linear")
+    accumulation_steps: int = setting(1, "batches per update")
     trainable_layers: str = setting(
         "last_block", "trained with the new head", "last_layer", "last_block", "last_two_blocks", "all", "lora")
     lora_rank: int = setting(8, "rank of LoRA's matrices")
