@@ -34,7 +34,7 @@ import pandas as pd
 import tiktoken
 import torch
 import torch.nn.functional as F
-from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 cuts text into words
+from tiktoken_ext.openai_public import r50k_pat_str  # GPT-2's pre-tokenization
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, Dataset
@@ -51,27 +51,27 @@ class FinetuneConfig:
     """Hyperparameters of a finetuning run; the defaults are the chapter's."""
 
     epochs: int = setting(5, "passes over the training split")
-    batch_size: int = setting(8, "messages per step")
-    lr: float = setting(5e-5, "AdamW's learning rate")
+    batch_size: int = setting(8, "messages per batch")
+    lr: float = setting(5e-5, "AdamW's learning rate; tiny: 1e-3")
     weight_decay: float = setting(0.1, "AdamW's weight decay")
-    eval_freq: int = setting(50, "steps between logged losses")
+    eval_freq: int = setting(50, "batches between logged losses")
     eval_iter: int = setting(5, "batches averaged for a log line")
     seed: int = setting(123, "seed of new weights and batch order")
-    schedule: str = setting("constant", "linear: warm up for 10%%, then decay to 0", "constant", "linear")
+    schedule: str = setting("constant", "linear (tiny's): 10%% warm-up, then decay to 0", "constant", "linear")
     accumulation_steps: int = setting(1, "batches per update")
     trainable_layers: str = setting(
-        "last_block", "trained with the new head", "last_layer", "last_block", "last_two_blocks", "all", "lora")
+        "last_block", "to train; last_layer: head only", "last_layer", "last_block", "last_two_blocks", "all", "lora")
     lora_rank: int = setting(8, "rank of LoRA's matrices")
     lora_alpha: float = setting(8.0, "factor of LoRA's output")
     weights: str = setting("pretrained", "initial weights", "pretrained", "random")
-    token_pos: str = setting("last", "position of the logits (last_real: before padding)", "last", "first", "last_real")
+    token_pos: str = setting("last", "position used; last_real: last before padding", "last", "first", "last_real")
     pooling: str = setting("none", "mean: average the logits of all positions", "none", "mean")
-    causal_mask: bool = setting(True, "attend to earlier tokens only")
+    causal_mask: bool = setting(True, "no attention to later tokens")
     padding: bool = setting(True, "pad messages to --context-length")
     context_length: str = setting("longest", "tokens: longest (in training), model (its limit) or N")
     balance: str = setting(
         "auto", "auto: undersample ham and spam, else weight the loss", "auto", "undersample", "weights", "none")
-    dedupe: bool = setting(False, "drop repeated texts first")
+    dedupe: bool = setting(False, "drop duplicate texts")
     ignore_index: int = setting(-100, "label ignored by the loss")
     dtype: str = setting("float32", "frozen blocks' dtype", "float32", "bfloat16")
     cache: bool = setting(True, "compute frozen blocks once per message")
@@ -99,7 +99,7 @@ def download_and_unzip_spam_data(urls, zip_path, data_file_path, sha256=DATA_SHA
     """Fetch the SMS Spam Collection (UCI, id 228) unless it is there."""
     def unzip(path):
         with reading(path, "the archive of the SMS Spam Collection"), zipfile.ZipFile(path) as archive:
-            content = archive.open("SMSSpamCollection").read(10_000_000)  # this member only
+            content = archive.open("SMSSpamCollection").read(10_000_000)
         with atomic_write(data_file_path) as temporary:
             temporary.write_bytes(content)
             check_sha256(temporary, sha256)
@@ -116,7 +116,7 @@ def read_table(path):
             start = file.readline()
         if start.startswith("{"):
             return pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig", encoding_errors="replace")
-        # pandas' default quoting glues some of UCI's messages together: 5,572 rows, not 5,574.
+        # Default quoting, as in the chapter, merges some of UCI's messages: 5,572 rows, not 5,574.
         names = ["label", "text"] if start.startswith(("ham\t", "spam\t")) else None
         df = pd.read_csv(path, sep="\t" if "\t" in start else ",", names=names, dtype=str, keep_default_na=False,
                          encoding_errors="replace")
@@ -136,7 +136,7 @@ def read_messages(path, text_column=None, label_column=None):
 
 
 def pick_column(df, kind, name, path):
-    """Return the column `name` (default: `kind`), in any case, of a frame read from `path`, as strings."""
+    """Return column `name` (default: `kind`; case is ignored) of a frame read from `path`, as strings."""
     name, columns = name or kind, {str(column).lower(): column for column in df.columns}
     if name.lower() not in columns:
         raise ValueError(f"no column {name!r} in {path} (columns: {', '.join(columns)[:200]}); set --{kind}-column")
@@ -153,7 +153,7 @@ def create_balanced_dataset(df):
 
 
 def random_split(df, train_frac, validation_frac):
-    """Shuffle (always the same way) and cut into training, validation and test frames."""
+    """Shuffle (seed 123) and cut into training, validation and test frames."""
     df = df.sample(frac=1, random_state=123).reset_index(drop=True)
     train_end = int(len(df) * train_frac)
     validation_end = train_end + int(len(df) * validation_frac)
@@ -203,10 +203,10 @@ def build_tokenizer(encoder_json, vocab_bpe):
 
 
 class SpamDataset(Dataset):
-    """Messages of a frame or CSV file (Text or its ids, Label) as tensors (ids (tokens,), position (), label ()).
+    """A frame or CSV file (Text: string or ids; Label: 0, 1, ...) as tensors (ids (tokens,), position (), label ()).
 
     They are cut to `max_length` (default: the longest) and padded with `pad_token_id` (default: end of text, 50256).
-    The logits are read at the position: by default the last, which alone attends to the whole message.
+    The logits are read at the position: by default the last, which attends to the whole message.
     """
 
     def __init__(self, data, tokenizer, max_length=None, pad_token_id=None, token_pos="last", padding=True):
@@ -288,7 +288,7 @@ class LayerNorm(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers, applied to each position separately."""
+    """Two linear layers, the same at each position."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -356,7 +356,7 @@ def read_config(hparams_json):
 
 
 def convert_checkpoint(folder, path):
-    """Write OpenAI's checkpoint as one .npz: tensors by our names, and text files."""
+    """Write OpenAI's checkpoint as one .npz: tensors by chapter name, and text files."""
     with reading(folder, "a checkpoint in OpenAI's layout"):
         texts = {name: (folder / name).read_text("utf-8") for name in TEXT_FILES}
         cfg, arrays, tensors = read_config(texts["hparams.json"]), {}, {}
@@ -443,14 +443,14 @@ class LoRALayer(nn.Module):
 
 
 def replace_linear_with_lora(model, rank, alpha):
-    """Give every linear layer of the model a LoRA."""
+    """Add LoRA to every linear layer."""
     for linear in [module for module in model.modules() if isinstance(module, nn.Linear)]:
         parametrize.register_parametrization(
             linear, "weight", LoRALayer(linear.in_features, linear.out_features, rank, alpha))
 
 
 def merge_lora(model):
-    """Turn layers with LoRA into equal plain ones."""
+    """Merge LoRA into the linear layers' weights."""
     for module in [module for module in model.modules() if parametrize.is_parametrized(module, "weight")]:
         parametrize.remove_parametrizations(module, "weight")
 
@@ -460,7 +460,7 @@ def merge_lora(model):
 # A batch is (*inputs, labels); model(*inputs) gives logits (batch, classes).
 
 def calc_loss_batch(input_batch, target_batch, model, device, loss_fn=F.cross_entropy):
-    """Cross-entropy of a batch, a tensor or a list of them: accuracy itself has no gradient."""
+    """Cross-entropy of a batch (inputs: a tensor or list); accuracy is not differentiable."""
     inputs = [input_batch] if torch.is_tensor(input_batch) else input_batch
     return loss_fn(model(*(tensor.to(device) for tensor in inputs)), target_batch.to(device))
 
@@ -476,7 +476,7 @@ def calc_loss_loader(data_loader, model, device, num_batches=None, loss_fn=F.cro
 
 @torch.no_grad()
 def calc_accuracy_loader(data_loader, model, device, num_batches=None):
-    """Share of right labels in `num_batches` batches, or all, in eval() mode."""
+    """Accuracy over `num_batches` batches, or all, in eval() mode."""
     model.eval()
     correct = examples = 0
     for *input_batch, target_batch in islice(data_loader, num_batches):
@@ -568,7 +568,7 @@ def review_by_token(text, model, tokenizer, device, max_length=None, labels=("ha
     prefixes = [ids[:end] for end in range(1, len(ids) + 1)]
     probabilities = predict(prefixes, model, tokenizer, device, max_length=max_length, **options)
     for token, row in zip(map(tokenizer.decode_single_token_bytes, ids), probabilities):
-        shown = repr(token.decode("utf-8", "backslashreplace"))[1:-1].replace("\\\\", "\\")  # or half a character
+        shown = repr(token.decode("utf-8", "backslashreplace"))[1:-1].replace("\\\\", "\\")  # may split a character
         label = 1 if len(labels) == 2 else int(row.argmax())
         yield f"{shown:<15} {labels[label]} {row[label]:.4f} {'█' * round(20 * row[label].item())}".rstrip()
 
@@ -628,7 +628,7 @@ def read_at(x, positions):
 
 
 class LabelLogits(nn.Module):
-    """A GPT read at positions (batch,), or averaged over all of them (`pooling` "mean"): logits (batch, classes).
+    """A GPT's logits at positions (batch,), or their mean over all (`pooling` "mean"): (batch, classes).
 
     Inputs are ids (batch, tokens), or hidden states (batch, tokens, emb) after `num_frozen` blocks. `fast=False`
     computes all positions to the end, as the chapter does.
@@ -725,7 +725,7 @@ def download(urls, path, check):
         try:
             with requests.get(url, headers=headers, stream=True, timeout=(5, 30)) as response:
                 answered = True
-                if response.status_code == 416:  # nothing after the part
+                if response.status_code == 416:  # part has all bytes
                     part.unlink(missing_ok=True)
                 response.raise_for_status()
                 with part.open("ab" if response.status_code == 206 else "wb") as file:
@@ -835,7 +835,7 @@ def pick_device(name):
     """Return the device; "auto": cuda or mps, else cpu."""
     best = torch.accelerator.current_accelerator(True) or torch.device("cpu")
     if name.split(":")[0] not in ("auto", "cpu", best.type):
-        raise ValueError(f"no device {name!r} here; use cpu, cuda or mps")
+        raise ValueError(f"no device {name!r} here; use cpu or auto")
     return best if name == "auto" else torch.device(name)
 
 
@@ -877,11 +877,11 @@ def cmd_train(args, in_experiments=False):
         if WORLD_SIZE > 1:
             torch.distributed.barrier()
     model, texts = load_pretrained(model_file)
-    brought, chapter = json.loads(texts["about.json"]).get("finetune", {}), asdict(FinetuneConfig())  # tiny's own
-    settings = FinetuneConfig(**brought | {name: value for name, value in vars(args).items() if name in chapter})
+    own, chapter = json.loads(texts["about.json"]).get("finetune", {}), asdict(FinetuneConfig())  # tiny's own
+    settings = FinetuneConfig(**own | {name: value for name, value in vars(args).items() if name in chapter})
     changed = [f"{name} {value}" for name, value in asdict(settings).items() if value != chapter[name]]
-    is_bundled = {TINY, SAMPLE} & {model_file.resolve(), data_file.resolve()}
-    bundled = " (bundled model or messages: not GPT-2, not real SMS)" * bool(is_bundled)
+    bundled = " (bundled model, not GPT-2)" * (model_file.resolve() == TINY)
+    bundled += " (trained on invented SMS)" * (data_file.resolve() == SAMPLE)
     print(f"Model {os.path.relpath(model_file)}, data {os.path.relpath(data_file)}, device {device}{bundled}")
     print("Changed from the chapter:", ", ".join(changed) or "nothing")
 
@@ -904,8 +904,8 @@ def cmd_train(args, in_experiments=False):
 
     # 6.3 data loaders
     tokenizer, limit = build_tokenizer(texts["encoder.json"], texts["vocab.bpe"]), model.cfg.context_length
-    length = settings.context_length if settings.padding else "model"  # as the book's script
-    length = {"longest": None, "model": limit}.get(length, length)
+    length = settings.context_length  # unpadded and "longest": uncut, as the book's script
+    length = {"longest": None if settings.padding else limit, "model": limit}.get(length, length)
     # Padding is left out where it cannot affect the logits.
     unaffected = settings.causal_mask and settings.pooling == "none" and settings.token_pos != "last"
     options, datasets = {"max_length": length and int(length), "token_pos": settings.token_pos,
@@ -930,7 +930,7 @@ def cmd_train(args, in_experiments=False):
     for prompt in ("Every effort moves you", spam_prompt):
         idx = torch.tensor([tokenizer.encode_ordinary(prompt)], device=device)
         text = tokenizer.decode(generate_text_simple(model, idx, 15, limit)[0].tolist())
-        print(f"Pretrained model after {prompt!r}: {text[len(prompt):]!r}")
+        print(f"Continuation of {prompt!r}: {text[len(prompt):]!r}")
 
     # 6.5 classification head
     add_classification_head(
@@ -986,7 +986,7 @@ def cmd_train(args, in_experiments=False):
     for true_label, text in chapters if labels == ["ham", "spam"] else frames[2][:2].to_numpy():
         label, probability = classify_review(text, model, tokenizer, device, labels=labels, **options)
         print(f"{label}  {probability:.4f}  {text}  (true label: {true_label})")
-    print(f"Saved {os.path.relpath(out)}; try: gpt_spam.py classify TEXT")
+    print(f"Saved; try: gpt_spam.py classify --classifier {os.path.relpath(out)} TEXT")
     if args.metrics:
         with atomic_write(args.metrics) as temporary:
             temporary.write_text(json.dumps({**results, **about}, indent=2) + "\n")
@@ -1005,7 +1005,7 @@ def cmd_experiments(args):
         published, *options = EXPERIMENTS[row - 1].split()
         row_args = build_parser().parse_args([*args.argv, *options])
         row_args.device = args.device
-        if args.rows or row_args.model == args.model:  # larger ones if named
+        if args.rows or row_args.model == args.model:  # others if named
             with contextlib.redirect_stdout(sys.stderr):
                 results = cmd_train(row_args, in_experiments=True)
             accuracies = " | ".join(f"{accuracy:.2%}" for accuracy in results["final_accuracy"])
@@ -1013,10 +1013,10 @@ def cmd_experiments(args):
 
 
 def cmd_evaluate(args):
-    """Measure a classifier on its run's test split, or on all of --data."""
+    """Measure a classifier on its own test split, or on all of --data."""
     model, tokenizer, labels, options, about = load_classifier(
         args.classifier or args.weights_dir / "spam_classifier.pth", args.model and find_model(args))
-    whole = args.data or args.test_data or about.get("test_data")
+    whole = args.test_data or args.data or about.get("test_data")
     args.data = whole or about.get("data")
     path = find_data(args)
     df = read_messages(path, *(getattr(args, name) or about.get(name) for name in ("text_column", "label_column")))
@@ -1043,7 +1043,7 @@ def read_texts(path, text_column=None, rows=4096):
 
 
 def cmd_classify(args):
-    """Print a label and its probability for each text, in order."""
+    """Print label and probability of each TEXT or non-empty input line."""
     if bool(args.texts) == bool(args.input):
         raise ValueError("give texts, or --input FILE (- for standard input)")
     model, tokenizer, labels, options, about = load_classifier(
@@ -1065,19 +1065,19 @@ def cmd_classify(args):
 
 
 def build_parser():
-    """Return the command line."""
+    """Return the parser."""
     files, data, settings, classifier = (argparse.ArgumentParser(add_help=False) for _ in range(4))
     add = files.add_argument
-    add("--model", help="auto (124M, offline tiny), 124M to 1558M, tiny, an .npz or checkpoint's folder")
+    add("--model", help="auto (124M; offline: tiny), 124M, 355M, 774M, 1558M, tiny, .npz or checkpoint folder")
     add("--device", default="auto", help="cpu, cuda, mps or auto")
-    add("--weights-dir", type=Path, default=HERE / "weights", help="default: weights")
-    add("--data-dir", type=Path, default=HERE / "data", help="default: data")
-    add("--mirror", metavar="URL", help="download all from URL/gpt-2/models, URL/static/public/228")
+    add("--weights-dir", type=Path, default=HERE / "weights", help="models, classifier; default: weights")
+    add("--data-dir", type=Path, default=HERE / "data", help="SMS data, splits; default: data")
+    add("--mirror", metavar="URL", help="download from URL/gpt-2/models, URL/static/public/228")
     add("--no-verify", dest="verify", action="store_false", help="skip SHA-256")
     add("--text-column", metavar="NAME", help="default: text")
     add = data.add_argument
-    add("--data", help="auto (sms, offline sample), sms, sample, a CSV, TSV or JSON lines file")
-    add("--test-data", type=os.path.abspath, metavar="FILE", help="default: 20%% of --data")
+    add("--data", help="auto (sms; offline: sample), sms, sample, a CSV, TSV or JSON lines file")
+    add("--test-data", type=os.path.abspath, metavar="FILE", help="test set; default: 20%% of --data")
     add("--label-column", metavar="NAME", help="default: label")
     classifier.add_argument("--classifier", type=Path, help="default: where train saves it")
     for f in fields(FinetuneConfig):
@@ -1099,17 +1099,17 @@ def build_parser():
 
     add = command(cmd_train, settings, data, files)
     add("--out", type=Path, help="default: WEIGHTS_DIR/spam_classifier.pth")
-    add("--metrics", type=Path, help="write JSON")
-    add("--plot", type=Path, metavar="FOLDER", help="write two PNGs")
+    add("--metrics", type=Path, help="results as JSON")
+    add("--plot", type=Path, metavar="FOLDER", help="loss, accuracy PNGs")
     add = command(cmd_classify, classifier, files)
     add("texts", nargs="*", metavar="TEXT")
     add("--input", help="lines, .csv, .tsv or .jsonl; -: standard input")
     add("--format", choices=("text", "jsonl"), default="text", help="default: text (tab-separated)")
-    add("--by-token", dest="format", action="store_const", const="by-token", help="also token by token")
+    add("--by-token", dest="format", action="store_const", const="by-token", help="also after each token")
     add("--threshold", type=float, metavar="P", help="second label if its probability is at least P")
     command(cmd_evaluate, classifier, data, files)
     command(cmd_experiments, settings, data, files)(
-        "--rows", nargs="+", type=int, choices=range(1, 20), metavar="N", help="default: all of --model's size")
+        "--rows", nargs="+", type=int, choices=range(1, 20), metavar="N", help="default: all that keep --model")
     return parser
 
 

@@ -356,7 +356,7 @@ def test_the_learning_rate_rises_and_falls_in_a_line(tmp_path):
     "", "--trainable-layers last_layer", "--trainable-layers last_two_blocks", "--token-pos first", "--pooling mean",
     "--token-pos last_real", "--no-causal-mask", "--no-padding --batch-size 4", "--context-length model",
     "--trainable-layers lora", "--no-padding --batch-size 1 --pooling mean", "--weights random --trainable-layers all",
-    "--ignore-index 319", "--no-padding --batch-size 1 --no-causal-mask",
+    "--ignore-index 319", "--no-padding --batch-size 1 --no-causal-mask", "--no-padding --context-length 9",
 ])
 def test_the_cache_and_the_fast_last_block_change_no_loss_and_no_accuracy(tmp_path, monkeypatch, changes):
     fast, plain = (train(tmp_path, *changes.split(), cache) for cache in ("--cache", "--no-cache"))
@@ -364,6 +364,7 @@ def test_the_cache_and_the_fast_last_block_change_no_loss_and_no_accuracy(tmp_pa
     for other in (plain, train(tmp_path, *changes.split())):
         assert losses(fast) == pytest.approx(losses(other), abs=2e-5)
         assert all(fast[name] == other[name] for name in ("train_accuracy", "val_accuracy", "final_accuracy"))
+    assert "length 9" not in changes or g.load_classifier(tmp_path / "w" / "spam_classifier.pth")[3]["max_length"] == 9
 
 
 @pytest.mark.parametrize("options, read", [
@@ -584,8 +585,7 @@ def test_train_from_a_mirror(trained):
     assert re.search(r"\nTraining accuracy: [\d.]+% \| Validation accuracy: [\d.]+%\n", out)
     assert len(metrics["train_loss"]) == 3 and len(metrics["val_accuracy"]) == 2 and metrics["examples_seen"] == 64
     assert "Final: accuracy {:.2%} / {:.2%} / {:.2%} (all batches)".format(*metrics["final_accuracy"]) in out
-    for plot in ("loss", "accuracy"):
-        assert (folder / "plots" / f"{plot}-plot.png").read_bytes().startswith(b"\x89PNG")
+    assert all((folder / "plots" / f"{y}-plot.png").read_bytes().startswith(b"\x89PNG") for y in ("loss", "accuracy"))
     train(folder, "--mirror", DEAD, model="124M", data="sms")  # now without network
 
 
@@ -604,7 +604,7 @@ def test_own_labels_columns_and_test_file(run, tmp_path):
 def test_use(trained, run, tmp_path):
     where = ["--weights-dir", trained[0] / "w", "--data-dir", trained[0] / "d", "--device", "cpu"]
     assert re.search(r"test split: 10 messages, accuracy [\d.]+%", run("evaluate", *where)[1])
-    assert "all: 32 messages" in run("evaluate", *where, "--data", trained[0] / "d" / "train.csv")[1]
+    assert "all: 32 messages" in run("evaluate", *where, "--data", "x", "--test-data", f"{trained[0]}/d/train.csv")[1]
     (tmp_path / "o.csv").write_text("label,text\neggs,hi\n")
     assert "['eggs']" in run("evaluate", *where, "--data", tmp_path / "o.csv")[2]
     assert re.fullmatch(r"((ham|spam)\t[01]\.\d{4}\t.*\n){2}", run("classify", *where, "hello there", "")[1])
@@ -670,7 +670,7 @@ def test_only_a_classifier_or_state_dict_is_loaded_and_runs_no_code(trained, mic
 def test_without_any_network_the_bundled_model_and_messages_are_used_and_named(run, tmp_path):
     places = ["train", "--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d", "--mirror", DEAD]
     status, out, err = run(*places, "--epochs", 1, "--token-pos", "last_real")  # without padding, thus fast
-    assert status == 0 and out.count("bundled model or messages") == 2, err  # at the start and the final accuracies
+    assert status == 0 and out.count("bundled model, not GPT-2") == 2, err  # at the start and the final accuracies
     assert "Changed from the chapter: epochs 1, lr 0.001, schedule linear" in out  # the model's own settings
     assert "cannot download" in run(*places, "--model", "124M")[2]
     (tmp_path / "w" / "124M.download" / "vocab.bpe.part").write_bytes(b"half")
