@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 def setting(default, help, *choices):
     """A field of FinetuneConfig, also a command-line option."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+    return field(default=default, metadata=dict(help=help, choices=choices or None, metavar="|".join(choices) or "N"))
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def pick_column(df, kind, name, path):
     """Return column `name` (default: `kind`; case is ignored) of a frame read from `path`, as strings."""
     name, columns = name or kind, {str(column).lower(): column for column in df.columns}
     if name.lower() not in columns:
-        raise ValueError(f"no column {name!r} in {path} (columns: {', '.join(columns)[:200]}); set --{kind}-column")
+        raise ValueError(f"no column {name!r} in {path} (columns: {str([*df.columns])[:200]}); set --{kind}-column")
     return df[columns[name.lower()]].fillna("").astype(str)
 
 
@@ -521,7 +521,7 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
                 print(f"Ep {epoch + 1} (Step {global_step:06d}): Train loss {train_loss:.3f}, Val loss {val_loss:.3f}")
         train_accs.append(calc_accuracy_loader(train_loader, model, device, eval_iter))
         val_accs.append(calc_accuracy_loader(val_loader, model, device, eval_iter))
-        print(f"Training accuracy: {train_accs[-1]:.2%} | Validation accuracy: {val_accs[-1]:.2%}", flush=True)
+        print(f"Training accuracy: {train_accs[-1]:.2%} | Validation accuracy: {val_accs[-1]:.2%}")
     return train_losses, val_losses, train_accs, val_accs, examples_seen
 
 
@@ -670,12 +670,13 @@ def cache_hidden_states(model, datasets, num_frozen, device):
     items, frozen = [item for dataset in datasets for item in dataset], model.eval().trf_blocks[:num_frozen]
     lengths = [len(ids) for ids, *_ in items]
     size = sum(lengths) * model.cfg.emb_dim * frozen[0].norm1.scale.itemsize
-    print(f"Hidden states after {num_frozen} frozen blocks: {size / 1e6:,.0f} MB", flush=True)
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
-        print("Not cached: over half of the memory")
+        print(f"Not cached: {size / 1e6:,.0f} MB, over half of the memory")
         return datasets
     batches = length_batches(lengths, device, model.cfg.causal)
-    for rows in tqdm(batches, "caching", leave=False, disable=RANK > 0 or None):
+    for done, rows in enumerate(tqdm(batches, "caching", leave=False, disable=RANK > 0 or None)):
+        if done % (len(batches) // 4 + 1) == 0:
+            tqdm.write(f"Frozen blocks' output: {done / len(batches):.0%} of {size / 1e6:,.0f} MB")
         ids, *_ = collate([items[row] for row in rows])
         hidden = frozen(model.embed(ids.to(device)).to(frozen[0].norm1.scale.dtype)).cpu()
         for row, states in zip(rows, hidden):
@@ -703,7 +704,7 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 
 def mean_over_processes(total, count):
-    """Total / count, each summed over all processes; NaN if the count is 0."""
+    """Total / count, each summed over all processes."""
     sums = torch.tensor([total, count], dtype=torch.float64)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
@@ -986,7 +987,7 @@ def cmd_train(args, in_experiments=False):
     for true_label, text in chapters if labels == ["ham", "spam"] else frames[2][:2].to_numpy():
         label, probability = classify_review(text, model, tokenizer, device, labels=labels, **options)
         print(f"{label}  {probability:.4f}  {text}  (true label: {true_label})")
-    print(f"Saved; try: gpt_spam.py classify --classifier {os.path.relpath(out)} TEXT")
+    print(f"Saved; try: python gpt_spam.py classify --classifier {os.path.relpath(out)} TEXT")
     if args.metrics:
         with atomic_write(args.metrics) as temporary:
             temporary.write_text(json.dumps({**results, **about}, indent=2) + "\n")
@@ -1009,7 +1010,7 @@ def cmd_experiments(args):
             with contextlib.redirect_stdout(sys.stderr):
                 results = cmd_train(row_args, in_experiments=True)
             accuracies = " | ".join(f"{accuracy:.2%}" for accuracy in results["final_accuracy"])
-            print(f"| {row} | {' '.join(options)} | {accuracies} | {published}% |", flush=True)
+            print(f"| {row} | {' '.join(options)} | {accuracies} | {published}% |")
 
 
 def cmd_evaluate(args):
@@ -1045,7 +1046,7 @@ def read_texts(path, text_column=None, rows=4096):
 def cmd_classify(args):
     """Print label and probability of each TEXT or non-empty input line."""
     if bool(args.texts) == bool(args.input):
-        raise ValueError("give texts, or --input FILE (- for standard input)")
+        raise ValueError("give either texts or --input FILE (- for standard input)")
     model, tokenizer, labels, options, about = load_classifier(
         args.classifier or args.weights_dir / "spam_classifier.pth", args.model and find_model(args))
     if args.threshold is not None and (len(labels) != 2 or not 0 <= args.threshold <= 1):
@@ -1072,7 +1073,7 @@ def build_parser():
     add("--device", default="auto", help="cpu, cuda, mps or auto")
     add("--weights-dir", type=Path, default=HERE / "weights", help="models, classifier; default: weights")
     add("--data-dir", type=Path, default=HERE / "data", help="SMS data, splits; default: data")
-    add("--mirror", metavar="URL", help="download from URL/gpt-2/models, URL/static/public/228")
+    add("--mirror", metavar="URL", help="server with OpenAI's and UCI's paths")
     add("--no-verify", dest="verify", action="store_false", help="skip SHA-256")
     add("--text-column", metavar="NAME", help="default: text")
     add = data.add_argument
@@ -1081,12 +1082,11 @@ def build_parser():
     add("--label-column", metavar="NAME", help="default: label")
     classifier.add_argument("--classifier", type=Path, help="default: where train saves it")
     for f in fields(FinetuneConfig):
-        choices = f.metadata["choices"]
-        kind = {"type": type(f.default), "choices": choices or None, "metavar": "|".join(choices) or "N"}
+        kind = {**f.metadata, "type": type(f.default)}
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        settings.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                              help=f"{f.metadata['help']} (default: {f.default})", **kind)
+        kind["help"] = f"{f.metadata['help']} (default: {f.default})"
+        settings.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kind)
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND")
 
@@ -1103,7 +1103,7 @@ def build_parser():
     add("--plot", type=Path, metavar="FOLDER", help="loss, accuracy PNGs")
     add = command(cmd_classify, classifier, files)
     add("texts", nargs="*", metavar="TEXT")
-    add("--input", help="lines, .csv, .tsv or .jsonl; -: standard input")
+    add("--input", help=".csv, .tsv, .jsonl or lines; -: lines of stdin")
     add("--format", choices=("text", "jsonl"), default="text", help="default: text (tab-separated)")
     add("--by-token", dest="format", action="store_const", const="by-token", help="also after each token")
     add("--threshold", type=float, metavar="P", help="second label if its probability is at least P")
@@ -1126,16 +1126,16 @@ def main(argv=None):
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if RANK:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.stdout = open(os.devnull, "w")
     try:
         if unknown:
             nearest = difflib.get_close_matches(unknown[0], re.findall(r"--[\w-]+", args.parser.format_help()), 1)
             raise ValueError(f"unexpected {unknown[0]}; {f'did you mean {nearest[0]}?' if nearest else 'see --help'}")
         args.device, args.argv = pick_device(args.device), argv or sys.argv[1:]
         args.run(args)
-        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, ImportError) as error:
@@ -1146,5 +1146,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     gc.freeze()  # else the exit spends 0.5 s on the imported modules
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     sys.exit(main())
