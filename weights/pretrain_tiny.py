@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "tiktoken==0.14.0", "numpy", "requests", "pandas", "tqdm"]
+# dependencies = ["torch==2.13.0", "tiktoken==0.14.0", "numpy", "pandas", "tqdm"]
 # ///
 """Pretrain the bundled model, weights/tiny.npz, from plain text files: tokenizer first, then the GPT.
 
