@@ -5,8 +5,9 @@
 # ///
 """Offline tests: `python -m pytest -q test_gpt_spam.py`.
 
-PyTorch's own modules judge the layers, bytes that TensorFlow wrote the reader, scikit-learn the metrics, counts and
-plain arithmetic the rest. GPT_SPAM_ONLINE=1 adds the test that downloads OpenAI's weights and compares with the book.
+PyTorch's own modules judge the layers, bytes that TensorFlow wrote the reader, scikit-learn the metrics, counts
+and plain arithmetic the rest. GPT_SPAM_ONLINE=1 adds the test that downloads OpenAI's weights and compares with
+the numbers that the book prints.
 """
 
 import ast
@@ -25,6 +26,7 @@ import threading
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -33,29 +35,46 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader
 
 import gpt_spam as g
+from gpt_spam import (  # what the book's own calls need
+    GPTModel, MultiHeadAttention, SpamDataset, calc_accuracy_loader, calc_loss_batch, calc_loss_loader,
+    classify_review, create_balanced_dataset, download_and_load_gpt2, download_and_unzip_spam_data,
+    generate_text_simple, load_weights_into_gpt, plot_values, random_split, replace_linear_with_lora,
+    text_to_token_ids, token_ids_to_text, train_classifier_simple)
 
 HERE = Path(__file__).resolve().parent
+SOURCE = Path(g.__file__).read_text("utf-8")
 MICRO = HERE / "weights" / "micro"  # 2 layers, 16 wide, 320 tokens; written by TensorFlow 2.21
 ENCODER, MERGES = (MICRO / "encoder.json").read_text(), (MICRO / "vocab.bpe").read_text()
-TOKENIZER = g.build_tokenizer(ENCODER, MERGES)
+TOKENIZER = g.build_tokenizer(ENCODER)
 BUNDLED = [HERE / "data" / "sample_sms.tsv", HERE / "data" / "hard_sms.tsv", HERE / "weights" / "messages.tsv"]
-CFG = g.GPTConfig(vocab_size=50, context_length=12, emb_dim=8, n_heads=2, n_layers=3)
+CFG = {"vocab_size": 50, "context_length": 12, "emb_dim": 8, "n_heads": 2, "n_layers": 3, "drop_rate": 0.0,
+       "qkv_bias": True}
+BASE_CONFIG = {"vocab_size": 320, "context_length": 1024, "drop_rate": 0.0, "qkv_bias": True,
+               "emb_dim": 16, "n_layers": 2, "n_heads": 2}  # the micro checkpoint's, written as the book does
 CPU = torch.device("cpu")
 DEAD = "http://127.0.0.1:9"  # nobody listens there
 
 
-def small_data(path):
-    """Write 23 short bundled messages of each class in UCI's form: 32 to train on, 4 to validate, 10 to test."""
+# ---- What the tests share ----
+
+def small_frame(ham=23):
+    """Return short bundled messages: `ham` ham and 23 spam."""
     df = g.read_messages(BUNDLED[0])
-    df = df[df["Text"].str.len().between(10, 40)].groupby("Label").head(23)
-    df.to_csv(path, sep="\t", header=False, index=False)
+    df = df[df["Text"].str.len().between(10, 40)]
+    return pd.concat([df[df["Label"] == "ham"][:ham], df[df["Label"] == "spam"][:23]])
+
+
+def small_data(path):
+    """Write 46 messages in UCI's form: 32 to train on, 4 to validate, 10 to test."""
+    small_frame().to_csv(path, sep="\t", header=False, index=False)
     return path
 
 
 def train_arguments(folder, *args, data=None, model=MICRO):
-    """Return the command line of a short training on a small checkpoint and small data, all its files in `folder`."""
+    """Return the command line of a short training on a small checkpoint, all its files in `folder`."""
     places = ["--weights-dir", folder / "w", "--data-dir", folder / "d", "--metrics", folder / "m.json"]
     folder.mkdir(exist_ok=True)
     data = data or small_data(folder / "d.tsv")
@@ -73,10 +92,17 @@ def losses(metrics):
     return metrics["train_loss"] + metrics["val_loss"]
 
 
+def classifier_in(folder):
+    return g.load_classifier(folder / "w" / "spam_classifier.pth")
+
+
 @pytest.fixture
 def run(capfd):
-    """Run the command line in this process; return its status, and output and errors since the last time."""
-    return lambda *args: (g.main(list(map(str, args))), *capfd.readouterr())
+    """Run the command line in this process; return its status, output and errors."""
+    def run_command(*args):
+        capfd.readouterr()  # forget what came before
+        return g.main(list(map(str, args))), *capfd.readouterr()
+    return run_command
 
 
 @pytest.fixture(scope="session")
@@ -86,27 +112,283 @@ def micro(tmp_path_factory):
     return path
 
 
-def test_balance_and_split_are_the_chapters_or_take_any_labels_and_a_test_file():
+class Files(http.server.BaseHTTPRequestHandler):
+    """Serves a dict of files; `faults` is what happens to the first requests for one of them."""
+
+    def do_GET(self):
+        content = self.server.files.get(self.path)
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
+        fault = self.server.faults.pop(0) if content and self.server.faults else None
+        self.server.starts.append(start)
+        if content is None or fault == 500 or start >= len(content):
+            self.send_error(404 if content is None else fault or 416)
+            return
+        body = content[start:]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if fault == "flip":
+            body = bytes([body[0] ^ 255]) + body[1:]
+        self.wfile.write(body[:len(body) // 2] if fault == "cut" else body)
+
+
+CONTENT = np.random.default_rng(0).bytes(3_000_000)
+RIGHT = g.partial(g.check_sha256, expected=hashlib.sha256(CONTENT).hexdigest())
+TABLE = small_frame(ham=30).to_csv(sep="\t", header=False, index=False).encode()  # stands for UCI's
+ARCHIVE = "/static/public/228/sms+spam+collection.zip"
+
+
+@pytest.fixture(scope="session")
+def server():
+    """Serves CONTENT, TABLE as UCI's archive and the micro checkpoint as OpenAI's; a download does not pause."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as zipped:
+        zipped.writestr("../evil", "never unpacked")
+        zipped.writestr("SMSSpamCollection", TABLE)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files) as server, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(g.time, "sleep", lambda seconds: None)
+        server.files = {f"/gpt-2/models/{size}/{name}": (MICRO / name).read_bytes()
+                        for size in ("124M", "355M") for name in (*g.TEXT_FILES, g.DATA_FILE)}
+        server.files |= {"/good": CONTENT, "/wrong": b"<html>log in</html>", ARCHIVE: archive.getvalue()}
+        server.faults, server.starts, server.url = [], [], f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+# ---- The book's own calls, in its order ----
+
+@pytest.fixture(scope="module")
+def book(server, tmp_path_factory):
+    """Sections 6.2 and 6.3 as the book writes them; returns the names that they make."""
+    folder = tmp_path_factory.mktemp("book")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(download_and_unzip_spam_data, "__defaults__", (hashlib.sha256(TABLE).hexdigest(),))
+        url = server.url + ARCHIVE
+        zip_path = "sms_spam_collection.zip"
+        extracted_path = "sms_spam_collection"
+        data_file_path = "sms_spam_collection/SMSSpamCollection.tsv"
+        download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path)
+
+        df = pd.read_csv(data_file_path, sep="\t", header=None, names=["Label", "Text"])
+        balanced_df = create_balanced_dataset(df)
+        balanced_df["Label"] = balanced_df["Label"].map({"ham": 0, "spam": 1})
+        train_df, validation_df, test_df = random_split(balanced_df, 0.7, 0.1)
+        train_df.to_csv("train.csv", index=None)
+        validation_df.to_csv("validation.csv", index=None)
+        test_df.to_csv("test.csv", index=None)
+
+        tokenizer = TOKENIZER
+        train_dataset = SpamDataset(csv_file="train.csv", max_length=None, tokenizer=tokenizer)
+        val_dataset = SpamDataset(
+            csv_file="validation.csv", max_length=train_dataset.max_length, tokenizer=tokenizer)
+        test_dataset = SpamDataset(
+            csv_file="test.csv", max_length=train_dataset.max_length, tokenizer=tokenizer)
+        torch.manual_seed(123)
+        train_loader = DataLoader(
+            dataset=train_dataset, batch_size=8, shuffle=True, num_workers=0, drop_last=True)
+        val_loader = DataLoader(dataset=val_dataset, batch_size=8, num_workers=0, drop_last=False)
+        test_loader = DataLoader(dataset=test_dataset, batch_size=8, num_workers=0, drop_last=False)
+    return SimpleNamespace(**locals())
+
+
+@pytest.fixture
+def spam_model(micro):
+    """Section 6.5 by hand: everything frozen but a new head, the last block and the final norm."""
+    shutil.copy(micro, micro.with_name("gpt2-124M.npz"))
+    settings, params = download_and_load_gpt2(model_size="124M", models_dir=str(micro.parent))
+    model = GPTModel(BASE_CONFIG)
+    load_weights_into_gpt(model, params)
+    for param in model.parameters():
+        param.requires_grad = False
+    torch.manual_seed(123)
+    num_classes = 2
+    model.out_head = torch.nn.Linear(in_features=BASE_CONFIG["emb_dim"], out_features=num_classes)
+    for param in model.trf_blocks[-1].parameters():
+        param.requires_grad = True
+    for param in model.final_norm.parameters():
+        param.requires_grad = True
+    return model
+
+
+def test_book_6_2_downloads_balances_and_splits(book):
+    assert (book.folder / book.data_file_path).read_bytes() == TABLE
+    assert sorted(os.listdir(book.folder)) == ["sms_spam_collection", "test.csv", "train.csv", "validation.csv"]
+    assert book.df["Label"].value_counts().to_dict() == {"ham": 30, "spam": 23}
+    assert book.balanced_df["Label"].value_counts().to_dict() == {0: 23, 1: 23}
+    assert [len(book.train_df), len(book.validation_df), len(book.test_df)] == [32, 4, 10]
+
+
+def test_book_6_3_loaders_give_pairs_of_inputs_and_targets(book):
+    for input_batch, target_batch in book.train_loader:
+        assert input_batch.shape == (8, book.train_dataset.max_length) and target_batch.shape == (8,)
+    assert [len(book.train_loader), len(book.val_loader), len(book.test_loader)] == [4, 1, 2]
+    for row, (ids, label) in enumerate(book.test_dataset):
+        text, padding = book.tokenizer.decode(ids.tolist()), "<|endoftext|>"
+        assert book.test_df["Text"].iloc[row].startswith(text.rstrip(padding[-1]).split(padding[:-1])[0])
+        assert label == book.test_df["Label"].iloc[row]
+
+
+def test_book_chapter_3_attention_is_causal():
+    torch.manual_seed(123)
+    batch = torch.rand(2, 6, 3)
+    batch_size, context_length, d_in = batch.shape
+    d_out = 2
+    mha = MultiHeadAttention(d_in, d_out, context_length, dropout=0.0, num_heads=2)
+    context_vecs = mha(batch)
+    assert context_vecs.shape == (2, 6, 2)
+    torch.testing.assert_close(context_vecs[:, :4], mha(batch[:, :4]))
+
+
+def test_book_6_4_loads_openais_weights(spam_model, micro):
+    settings, params = download_and_load_gpt2(model_size="124M", models_dir=str(micro.parent))
+    assert settings == {"n_vocab": 320, "n_ctx": 1024, "n_embd": 16, "n_head": 2, "n_layer": 2}
+    model = GPTModel(BASE_CONFIG)
+    load_weights_into_gpt(model, params)
+    for weight in (model.tok_emb.weight, model.out_head.weight):
+        np.testing.assert_array_equal(weight.detach(), micro_values("wte", 320, 16))
+
+
+def test_book_6_4_continues_a_text():
+    torch.manual_seed(123)
+    model = GPTModel(BASE_CONFIG)
+    model.eval()
+    text_1 = "Every effort moves you"
+    idx = text_to_token_ids(text_1, TOKENIZER)
+    token_ids = generate_text_simple(
+        model=model, idx=idx, max_new_tokens=15, context_size=BASE_CONFIG["context_length"])
+    assert token_ids.shape == (1, idx.shape[1] + 15)
+    assert token_ids_to_text(token_ids, TOKENIZER).startswith(text_1)
+
+
+def test_book_6_6_loss_and_accuracy_are_those_of_the_last_token(book, spam_model):
+    device = torch.device("cpu")
+    spam_model.eval()
+    right = 0
+    for input_batch, target_batch in book.test_loader:
+        last = spam_model(input_batch)[:, -1, :]
+        right += (last.argmax(dim=-1) == target_batch).sum().item()
+        loss = calc_loss_batch(input_batch, target_batch, spam_model, device)
+        torch.testing.assert_close(loss, F.cross_entropy(last, target_batch))
+    assert calc_accuracy_loader(book.test_loader, spam_model, device, num_batches=10) == right / 10
+    with torch.no_grad():
+        loss = calc_loss_loader(book.val_loader, spam_model, device, num_batches=5)
+    [(input_batch, target_batch)] = book.val_loader
+    assert loss == pytest.approx(F.cross_entropy(spam_model(input_batch)[:, -1, :], target_batch).item())
+
+
+def test_book_6_7_trains_and_plots(book, spam_model):
+    device = torch.device("cpu")
+    before = {name: value.clone() for name, value in spam_model.state_dict().items()}
+    optimizer = torch.optim.AdamW(spam_model.parameters(), lr=5e-5, weight_decay=0.1)
+    num_epochs = 1
+    train_losses, val_losses, train_accs, val_accs, examples_seen = train_classifier_simple(
+        spam_model, book.train_loader, book.val_loader, optimizer, device,
+        num_epochs=num_epochs, eval_freq=50, eval_iter=5)
+    assert [len(train_losses), len(val_losses), len(train_accs), len(val_accs), examples_seen] == [1, 1, 1, 1, 32]
+    moved = {name for name, value in spam_model.state_dict().items() if not torch.equal(value, before[name])}
+    trained = {name for name, p in spam_model.named_parameters() if p.requires_grad}
+    assert moved - trained == set() and {"out_head.weight", "trf_blocks.1.ff.layers.0.weight"} <= moved
+
+    epochs_tensor = torch.linspace(0, num_epochs, len(train_accs))
+    examples_seen_tensor = torch.linspace(0, examples_seen, len(train_accs))
+    figure = plot_values(epochs_tensor, examples_seen_tensor, train_accs, val_accs, label="accuracy")
+    assert figure.axes[0].get_ylabel() == "Accuracy" and figure.axes[1].get_xlabel() == "Examples seen"
+    assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [train_accs, val_accs]
+
+
+def test_book_6_8_classifies_and_reopens(book, spam_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    device, max_length = torch.device("cpu"), book.train_dataset.max_length
+    torch.save(spam_model.state_dict(), "review_classifier.pth")
+    model = GPTModel(BASE_CONFIG)
+    model.out_head = torch.nn.Linear(in_features=BASE_CONFIG["emb_dim"], out_features=2)
+    model_state_dict = torch.load("review_classifier.pth", map_location=device, weights_only=True)
+    model.load_state_dict(model_state_dict)
+    for text in book.test_df["Text"]:
+        ids = (TOKENIZER.encode_ordinary(text) + [319] * max_length)[:max_length]
+        ham, spam = spam_model(torch.tensor([ids]))[0, -1, :].tolist()
+        answer = classify_review(text, model, book.tokenizer, device, max_length=max_length)
+        assert answer == ("spam" if spam > ham else "not spam")
+
+
+def test_book_appendix_e_trains_loras_two_matrices_of_each_layer(book, spam_model):
+    for param in spam_model.parameters():
+        param.requires_grad = False
+    before = spam_model(book.val_dataset[0][0].unsqueeze(0))
+    replace_linear_with_lora(spam_model, rank=16, alpha=16)
+    torch.testing.assert_close(spam_model(book.val_dataset[0][0].unsqueeze(0)), before)
+    total_params = sum(p.numel() for p in spam_model.parameters() if p.requires_grad)
+    attention, feed_forward, head = 4 * (16 + 16), 2 * (16 + 64), 16 + 2  # inputs and outputs of the layers
+    assert total_params == 16 * (2 * (attention + feed_forward) + head)
+
+
+def test_part_1_trains_and_classifies_without_part_2():
+    part_1, part_2 = SOURCE.split("# ======== Part 2")
+    space = {"__name__": "part_1"}
+    exec(compile(part_1, "part_1", "exec"), space)
+    assert "class Classifier" in part_2 and "Classifier" not in space
+    frame = pd.DataFrame({"Text": ["aaaa", "bbbb"] * 8, "Label": [0, 1] * 8})
+    dataset = space["SpamDataset"](frame, TOKENIZER)
+    torch.manual_seed(0)
+    model = space["GPTModel"](BASE_CONFIG)
+    space["add_classification_head"](model, 2)
+    optimizer, loader = torch.optim.AdamW(model.parameters(), lr=1e-2), DataLoader(dataset, 4, shuffle=True)
+    log = space["train_classifier_simple"](model, loader, loader, optimizer, "cpu", 9, 5, 4)
+    assert log[0][-1] < log[0][0] and log[3][-1] == 1
+    answers = [space["classify_review"](text, model, TOKENIZER, "cpu", dataset.max_length)
+               for text in ("aaaa", "bbbb")]
+    assert answers == ["not spam", "spam"]
+
+
+def test_sections_run_one_after_the_other_in_one_namespace(capsys):
+    space = {"__name__": "notebook", "__file__": g.__file__}
+    sections = re.split(r"^# %%\n", SOURCE, flags=re.MULTILINE)
+    for section in sections:
+        exec(compile(section, "section", "exec"), space)
+    assert len(sections) > 10 and space["main"]([]) == 0 and "classify" in capsys.readouterr().out
+
+
+def test_every_section_banner_follows_a_cell_marker():
+    lines = SOURCE.split("\n")
+    banners = [number for number, line in enumerate(lines) if line.startswith("# ---- ")]
+    assert len(banners) == lines.count("# %%") and all(lines[number - 1] == "# %%" for number in banners)
+
+
+# ---- 6.2 Data set ----
+
+def test_balanced_data_and_splits_are_the_chapters():
     df = pd.DataFrame({"Label": ["ham"] * 170 + ["spam"] * 60, "Text": [str(i) for i in range(230)]})
     chapter = pd.concat([df[df["Label"] == "ham"].sample(60, random_state=123), df[df["Label"] == "spam"]])
-    pd.testing.assert_frame_equal(g.create_balanced_dataset(df), chapter)
-    frames, labels, weights = g.prepare_splits(df)
-    assert list(map(len, frames)) == [84, 12, 24] and labels == ["ham", "spam"] and weights is None
+    pd.testing.assert_frame_equal(create_balanced_dataset(df), chapter)
+    frames, weights = g.prepare_splits(df)
+    assert list(map(len, frames)) == [84, 12, 24] and weights is None
     shuffled = chapter.sample(frac=1, random_state=123, ignore_index=True)
     pd.testing.assert_frame_equal(pd.concat(frames), shuffled)
-    df = pd.DataFrame({"Label": ["b"] * 20 + ["a"] * 60 + ["c"] * 10, "Text": [str(i % 88) for i in range(90)]})
-    frames, labels, weights = g.prepare_splits(df)
-    assert labels == ["a", "b", "c"] and [len(f) for f in frames] == [62, 9, 19]
+
+
+@pytest.fixture
+def three_labels():
+    return pd.DataFrame({"Label": ["b"] * 20 + ["a"] * 60 + ["c"] * 10, "Text": [str(i) for i in range(90)]})
+
+
+def test_other_labels_are_weighted_or_undersampled(three_labels):
+    frames, weights = g.prepare_splits(three_labels)
+    assert [len(frame) for frame in frames] == [62, 9, 19]
     counts = frames[0]["Label"].value_counts()
-    assert weights.tolist() == pytest.approx([62 / 3 / counts[label] for label in labels])
-    assert [len(f) for f in g.prepare_splits(df, "undersample")[0]] == [21, 3, 6]
+    assert weights.tolist() == pytest.approx([62 / 3 / counts[label] for label in "abc"])
+    frames, weights = g.prepare_splits(three_labels, "undersample")
+    assert [len(frame) for frame in frames] == [21, 3, 6] and weights is None
+
+
+def test_a_test_frame_of_ones_own_leaves_all_else_to_training_and_validation(three_labels):
     test = pd.DataFrame({"Label": ["c", "a"], "Text": ["x", "5"]})
-    frames = g.prepare_splits(df, "none", test=test)[0]
-    assert len(frames[0]) + len(frames[1]) == 90 and frames[2] is test
-    unique = pd.concat(g.prepare_splits(df, "none", dedupe=True, test=test)[0])
-    assert unique["Text"].is_unique and len(unique) == 89
+    frames, _ = g.prepare_splits(three_labels, "none", test)
+    assert sorted(pd.concat(frames[:2])["Text"]) == sorted(three_labels["Text"]) and frames[2] is test
+    assert len(frames[0]) == 78
     with pytest.raises(ValueError, match="'d'"):
-        g.prepare_splits(df, test=test.assign(Label="d"))
+        g.prepare_splits(three_labels, test=test.assign(Label="d"))
 
 
 @pytest.mark.parametrize("name, content", [
@@ -137,14 +419,17 @@ def test_wrong_data_is_one_clear_error(tmp_path, content, said):
 def test_counts_of_the_sms_spam_collection():
     df = g.read_messages(HERE / "data" / "SMSSpamCollection.tsv")
     assert df["Label"].value_counts().to_dict() == {"ham": 4825, "spam": 747}
-    assert [len(s) for s in g.prepare_splits(df)[0]] == [1045, 149, 300]
+    assert [len(split) for split in g.prepare_splits(df)[0]] == [1045, 149, 300]
     assert not any(g.read_messages(file)["Text"].isin(df["Text"]).any() for file in BUNDLED)
 
 
+def test_bundled_tables_have_as_many_messages_as_they_should():
+    sample, hard = (g.read_messages(file) for file in BUNDLED[:2])
+    assert len(sample) >= 1400 and sample["Label"].value_counts().nunique() == 1 and len(hard) >= 250
+
+
 def test_no_two_bundled_messages_are_alike():
-    frames = [g.read_messages(file) for file in BUNDLED]
-    assert len(frames[0]) >= 1400 and frames[0]["Label"].value_counts().nunique() == 1 and len(frames[1]) >= 250
-    texts = pd.concat(frames)["Text"].tolist()
+    texts = pd.concat(map(g.read_messages, BUNDLED))["Text"].tolist()
     words = [frozenset(re.findall(r"\w+", text.lower())) for text in texts]
     counts, holders = Counter(word for own in words for word in own), {}
     for i, own in enumerate(words):
@@ -156,47 +441,72 @@ def test_no_two_bundled_messages_are_alike():
             holders.setdefault(word, []).append(i)
 
 
-def test_tokenizer_merges_as_byte_pair_encoding_does():
+# ---- 6.3 Tokenizer and data loaders ----
+
+@pytest.mark.parametrize("word", ["the", " thing", "call", " you", " winner", "zzz"])
+def test_tokenizer_merges_as_byte_pair_encoding_does(word):
     """A few lines of plain BPE: always merge the neighbours that stand first in vocab.bpe."""
-    encoder, merges = json.loads(ENCODER), MERGES.split("\n")
-    ranks = {tuple(line.split(" ")): i for i, line in enumerate(merges[1:-1])}
-    for word in ("the", " thing", "call", " you", " winner", "zzz"):
-        parts = list(word.replace(" ", "\u0120"))
-        while pairs := [(ranks[p], i) for i, p in enumerate(zip(parts, parts[1:])) if p in ranks]:
-            i = min(pairs)[1]
-            parts[i:i + 2] = ["".join(parts[i:i + 2])]
-        assert TOKENIZER.encode_ordinary(word) == [encoder[p] for p in parts]
+    encoder = json.loads(ENCODER)
+    ranks = {tuple(line.split(" ")): i for i, line in enumerate(MERGES.split("\n")[1:-1])}
+    parts = list(word.replace(" ", "\u0120"))
+    while pairs := [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in ranks]:
+        i = min(pairs)[1]
+        parts[i:i + 2] = ["".join(parts[i:i + 2])]
+    assert TOKENIZER.encode_ordinary(word) == [encoder[part] for part in parts]
+
+
+def test_tokenizer_gives_back_any_text_and_ends_it_only_when_told():
     text = "".join(map(chr, range(0x24F))) + "😀\ufffd"
     assert TOKENIZER.decode(TOKENIZER.encode_ordinary(text)) == text
     assert TOKENIZER.eot_token == 319 not in TOKENIZER.encode_ordinary("<|endoftext|>")
-    merges[5], merges[6] = merges[6], merges[5]
-    with pytest.raises(ValueError, match="do not belong together"):
-        g.build_tokenizer(ENCODER, "\n".join(merges))
 
 
-def test_dataset_pads_cuts_and_knows_where_to_read(tmp_path):
-    frame = pd.DataFrame({"Text": ["a", "abcabcabc", ""], "Label": [0, 1, 0]})
-    short, long = TOKENIZER.encode_ordinary("a"), TOKENIZER.encode_ordinary("abcabcabc")
-    dataset = g.SpamDataset(frame, TOKENIZER)
-    padded = [short + [319] * (len(long) - 1), long, [319] * len(long)]
-    assert dataset.max_length == len(long) > 4 and [ids.tolist() for ids in dataset.inputs] == padded
-    assert g.SpamDataset(frame, TOKENIZER, pad_token_id=7).inputs[2].tolist() == [7] * len(long)
-    cut = g.SpamDataset(frame, TOKENIZER, max_length=3)
-    assert cut.inputs[1].tolist() == long[:3] and [x.item() for x in cut[1][1:]] == [2, 1]
-    read = {pos: [p.item() for p in g.SpamDataset(frame, TOKENIZER, 4, token_pos=pos).positions]
-            for pos in ("first", "last", "last_real")}
-    assert read == {"first": [0] * 3, "last": [3] * 3, "last_real": [0, 3, 0]}
-    assert [len(ids) for ids in g.SpamDataset(frame, TOKENIZER, 4, padding=False).inputs] == [1, 4, 1]
-    frame.to_csv(tmp_path / "a.csv", index=False)
-    assert [ids.tolist() for ids in g.SpamDataset(tmp_path / "a.csv", TOKENIZER).inputs] == padded
+def test_an_encoder_with_a_missing_token_is_refused():
+    encoder = json.loads(ENCODER)
+    del encoder["\u0120the"]
+    with pytest.raises(ValueError, match="does not end with"):
+        g.build_tokenizer(json.dumps(encoder))
+
+
+SHORT, LONG = TOKENIZER.encode_ordinary("a"), TOKENIZER.encode_ordinary("abcabcabc")
+TEXTS = pd.DataFrame({"Text": ["a", "abcabcabc", ""], "Label": [0, 1, 0]})
+
+
+def as_lists(dataset):
+    return [ids.tolist() for ids, _ in dataset]
+
+
+def test_dataset_pads_to_the_longest_and_cuts(tmp_path):
+    padded = [SHORT + [319] * (len(LONG) - 1), LONG, [319] * len(LONG)]
+    dataset = SpamDataset(TEXTS, TOKENIZER)
+    assert dataset.max_length == len(LONG) > 4 and as_lists(dataset) == padded
+    assert [label.item() for _, label in dataset] == dataset.labels.tolist() == [0, 1, 0]
+    assert as_lists(SpamDataset(TEXTS, TOKENIZER, pad_token_id=7))[2] == [7] * len(LONG)
+    assert as_lists(SpamDataset(TEXTS, TOKENIZER, max_length=3))[1] == LONG[:3]
+    TEXTS.to_csv(tmp_path / "a.csv", index=False)
+    from_file = SpamDataset(tmp_path / "a.csv", TOKENIZER)
+    assert as_lists(from_file) == padded and from_file.data["Text"].tolist() == ["a", "abcabcabc", ""]
+
+
+def test_dataset_wants_numbers_as_labels():
     with pytest.raises(ValueError, match="'ham'"):
-        g.SpamDataset(frame.assign(Label="ham"), TOKENIZER)
+        SpamDataset(TEXTS.assign(Label="ham"), TOKENIZER)
 
+
+def test_collate_knows_where_texts_without_padding_end():
+    dataset = SpamDataset(TEXTS, TOKENIZER, 4, padding=False)
+    assert [len(ids) for ids in dataset.encoded_texts] == [1, 4, 1]
+    (inputs, positions), labels = g.collate(list(dataset))
+    assert inputs.tolist() == [[*SHORT, 0, 0, 0], LONG[:4], [319, 0, 0, 0]]
+    assert positions.tolist() == [0, 3, 0] and labels.tolist() == [0, 1, 0]
+
+
+# ---- 6.4 Pretrained model ----
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_block_equals_pytorch(causal):
     torch.manual_seed(0)
-    ours = g.TransformerBlock(g.replace(CFG, causal=causal)).eval()
+    ours = g.TransformerBlock({**CFG, "causal": causal}).eval()
     theirs = nn.TransformerEncoderLayer(
         8, 2, 32, 0.0, lambda x: F.gelu(x, approximate="tanh"), batch_first=True, norm_first=True).eval()
     state = ours.state_dict()
@@ -213,8 +523,8 @@ def test_block_equals_pytorch(causal):
 
 def test_generate_appends_the_most_likely_token():
     torch.manual_seed(0)
-    model, idx = g.GPTModel(CFG).eval(), torch.randint(50, (1, 10))
-    out = g.generate_text_simple(model, idx, 4, CFG.context_length)
+    model, idx = GPTModel(CFG).eval(), torch.randint(50, (1, 10))
+    out = generate_text_simple(model, idx, 4, CFG["context_length"])
     for end in range(10, 14):  # also where the window slides: the context holds 12
         assert out[0, end] == model(out[:, max(0, end - 12):end])[0, -1].argmax()
 
@@ -227,121 +537,391 @@ def micro_values(name, *shape):
     return array + 1 if name.endswith("/g") else array * 5
 
 
-def test_every_tensor_is_what_tensorflow_wrote(micro):
-    model, texts = g.load_pretrained(micro)
-    expected = {"tok_emb.weight": micro_values("wte", 320, 16), "pos_emb.weight": micro_values("wpe", 1024, 16)}
-    expected["out_head.weight"] = expected["tok_emb.weight"]
+def micro_state():
+    """The checkpoint's tensors by the chapter's names."""
+    wte = micro_values("wte", 320, 16)
+    state = {"tok_emb.weight": wte, "out_head.weight": wte, "pos_emb.weight": micro_values("wpe", 1024, 16)}
     norms = {f"trf_blocks.{i}.norm{n}": f"h{i}/ln_{n}" for i in (0, 1) for n in (1, 2)}
     for our, their in {"final_norm": "ln_f", **norms}.items():
-        expected |= {f"{our}.scale": micro_values(f"{their}/g", 16), f"{our}.shift": micro_values(f"{their}/b", 16)}
-    linears = {"attn/c_attn": (16, 48, "att.W_query att.W_key att.W_value"), "attn/c_proj": (16, 16, "att.out_proj"),
-               "mlp/c_fc": (16, 64, "ff.layers.0"), "mlp/c_proj": (64, 16, "ff.layers.2")}
-    for their, (inside, outside, ours) in linears.items():
-        for i in (0, 1):
-            both = np.vstack([micro_values(f"h{i}/{their}/w", 1, inside, outside)[0],
-                              micro_values(f"h{i}/{their}/b", outside)])  # the bias is the last row
-            for our, part in zip(ours.split(), np.split(both, len(ours.split()), axis=1)):
-                expected |= {f"trf_blocks.{i}.{our}.weight": part[:-1].T, f"trf_blocks.{i}.{our}.bias": part[-1]}
-    assert set(expected) == set(model.state_dict()) and model.cfg.n_heads == 2 and texts["vocab.bpe"] == MERGES
-    for name, value in model.state_dict().items():
+        state[f"{our}.scale"] = micro_values(f"{their}/g", 16)
+        state[f"{our}.shift"] = micro_values(f"{their}/b", 16)
+    linears = {"attn/c_attn": (16, 48, ["att.W_query", "att.W_key", "att.W_value"]),
+               "attn/c_proj": (16, 16, ["att.out_proj"]),
+               "mlp/c_fc": (16, 64, ["ff.layers.0"]), "mlp/c_proj": (64, 16, ["ff.layers.2"])}
+    for i in (0, 1):
+        for their, (inside, outside, ours) in linears.items():
+            weights = np.split(micro_values(f"h{i}/{their}/w", 1, inside, outside)[0], len(ours), axis=1)
+            biases = np.split(micro_values(f"h{i}/{their}/b", outside), len(ours))
+            for our, weight, bias in zip(ours, weights, biases):
+                state[f"trf_blocks.{i}.{our}.weight"] = weight.T
+                state[f"trf_blocks.{i}.{our}.bias"] = bias
+    return state
+
+
+def test_every_tensor_is_what_tensorflow_wrote(micro):
+    model, tokenizer, suited = g.load_pretrained(micro)
+    expected, found = micro_state(), model.state_dict()
+    assert set(expected) == set(found) and model.cfg == {**BASE_CONFIG, "causal": True}
+    for name, value in found.items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    assert tokenizer.n_vocab == 320 and suited == {} and not model.training
 
 
 @pytest.mark.parametrize("file, change, said", [
-    (g.DATA_FILE, lambda b: b[:-4], r"112,380 bytes.*112,384"), (g.DATA_FILE, lambda b: b + b"more", "112,388 bytes"),
+    (g.DATA_FILE, lambda b: b[:-4], r"112,380 bytes.*112,384"),
+    (g.DATA_FILE, lambda b: b + b"more", "112,388 bytes"),
     (g.DATA_FILE, lambda b: b[:4000] + b"\0\0\xc0\x7f" + b[4004:], "NaN or infinity"),
     ("hparams.json", lambda b: b.replace(b'"n_layer": 2', b'"n_layer": 3'), r"112,384 bytes.*125,"),
-    ("hparams.json", lambda b: b.replace(b'"n_vocab": 320', b'"n_vocab": 321'), "320 tokens, the model 321"),
-    ("hparams.json", lambda b: b"<html>", "Expecting value"), ("encoder.json", lambda b: b[:100], "not a checkpoint"),
-    ("vocab.bpe", lambda b: b[:50] + b"\xff" + b[51:], "utf-8"),
-])
+    ("hparams.json", lambda b: b.replace(b'"n_vocab": 320', b'"n_vocab": 321'), r"112,384 bytes.*112,448"),
+    ("hparams.json", lambda b: b"<html>", "Expecting value"),
+    ("encoder.json", lambda b: b[:100], "not a checkpoint"),
+    ("encoder.json", lambda b: b[:50] + b"\xff" + b[51:], "utf-8"),
+], ids=str)
 def test_a_damaged_checkpoint_is_refused(tmp_path, file, change, said):
     shutil.copytree(MICRO, tmp_path / "changed")
     (tmp_path / "changed" / file).write_bytes(change((MICRO / file).read_bytes()))
     with pytest.raises(ValueError, match=said):
         g.convert_checkpoint(tmp_path / "changed", tmp_path / "out.npz")
-    assert [p.name for p in tmp_path.iterdir()] == ["changed"]
+    assert [path.name for path in tmp_path.iterdir()] == ["changed"]
 
 
-def test_an_npz_that_does_not_fit_its_hparams(tmp_path, micro):
-    arrays = dict(np.load(micro))
-    hparams = arrays["hparams.json"].tobytes().replace(b'"n_layer": 2', b'"n_layer": 9')
-    for wrong in ({"tok_emb.weight": np.zeros((3, 3), np.float32)}, {"pos_emb.weight": np.array([{}], dtype=object)},
-                  {"hparams.json": np.frombuffer(hparams, np.uint8)}):
-        np.savez(tmp_path / "bad.npz", **{**arrays, **wrong})
-        with pytest.raises(ValueError, match="bad.npz is not a model"):
-            g.load_pretrained(tmp_path / "bad.npz")
+@pytest.mark.parametrize("name, wrong", [
+    ("tok_emb.weight", np.zeros((3, 3), np.float32)), ("pos_emb.weight", np.array([{}], dtype=object)),
+    ("hparams.json", np.frombuffer((MICRO / "hparams.json").read_bytes().replace(b'"n_layer": 2', b'"n_layer": 9'), np.uint8)),
+], ids=str)
+def test_an_npz_that_does_not_fit_its_hparams_is_refused(tmp_path, micro, name, wrong):
+    np.savez(tmp_path / "bad.npz", **{**np.load(micro), name: wrong})
+    with pytest.raises(ValueError, match="bad.npz is not a model"):
+        g.load_pretrained(tmp_path / "bad.npz")
 
+
+# ---- 6.5 to 6.8 Head, LoRA, loss and accuracy, use ----
 
 def test_head_and_what_trains_of_the_124m():
     with torch.device("meta"):
-        model = g.GPTModel(g.GPTConfig())
+        model = GPTModel({"vocab_size": 50257, "context_length": 1024, "emb_dim": 768, "n_heads": 12,
+                          "n_layers": 12, "drop_rate": 0.0, "qkv_bias": True})
     g.add_classification_head(model, 2)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.startswith(("trf_blocks.11.", "final_norm.", "out_head.")) for name in trained)
-    assert (sum(trained.values()), sum(p.numel() for p in model.parameters())) == (7_090_946, 124_441_346)
+    assert sum(trained.values()) == 7_090_946
+    assert sum(p.numel() for p in model.parameters()) == 124_441_346
     torch.manual_seed(123)
     torch.testing.assert_close(model.out_head.weight, nn.Linear(768, 2).weight)
 
 
-def test_loss_and_accuracy_against_plain_arithmetic():
+@pytest.mark.parametrize("layers, names", [
+    ("last_layer", ["out_head."]), ("last_two_blocks", ["out_head.", "final_norm.", "trf_blocks.1.", "trf_blocks.2."]),
+    ("all", [""]),
+])
+def test_what_each_choice_of_layers_trains(layers, names):
+    model = GPTModel(CFG)
+    g.add_classification_head(model, 2, layers)
+    assert all(p.requires_grad == name.startswith(tuple(names)) for name, p in model.named_parameters())
+
+
+@pytest.fixture
+def lora_model():
+    """A model with LoRA of rank 3 and alpha 5, and what it answered before that."""
     torch.manual_seed(0)
-    model = g.GPTModel(CFG).train()
+    model, ids = GPTModel(CFG).eval(), torch.randint(50, (2, 12))
     g.add_classification_head(model, 2)
-    batches = [(torch.randint(50, (n, 12)), torch.full((n,), 11), torch.randint(2, (n,))) for n in (4, 4, 1)]
+    before = model(ids)
+    g.add_classification_head(model, 2, "lora", 3, 5)
+    return model, ids, before
+
+
+def change_lora(model):
+    """Change every LoRA matrix and the head, as training does."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(()) * 0.1)
+
+
+def test_lora_starts_unchanged_with_the_first_random_numbers_after_the_head(lora_model):
+    model, ids, before = lora_model
+    torch.testing.assert_close(model(ids), before)
+    torch.manual_seed(123)
+    nn.Linear(8, 2)  # the head
+    first = model.trf_blocks[0].att.W_query.parametrizations.weight[0]
+    torch.testing.assert_close(first.A.data, nn.init.kaiming_uniform_(torch.empty(8, 3), a=math.sqrt(5)))
+
+
+def test_lora_trains_a_pair_of_matrices_of_every_linear_layer(lora_model):
+    trained = [name for name, p in lora_model[0].named_parameters() if p.requires_grad]
+    assert sum(name.endswith(".A") for name in trained) == sum(name.endswith(".B") for name in trained) == 3 * 6 + 1
+
+
+@torch.no_grad()
+def test_lora_adds_two_thin_matrices(lora_model):
+    change_lora(lora_model[0])
+    query, x = lora_model[0].trf_blocks[0].att.W_query, torch.randn(4, 8)
+    lora, plain = query.parametrizations.weight[0], query.parametrizations.weight.original
+    torch.testing.assert_close(query(x), F.linear(x, plain, query.bias) + 5 * (x @ lora.A @ lora.B))
+
+
+@torch.no_grad()
+def test_merged_lora_changes_no_logit_and_leaves_the_plain_names(lora_model):
+    model, ids, _ = lora_model
+    change_lora(model)
+    logits = model(ids)
+    g.merge_lora(model)
+    torch.testing.assert_close(model(ids), logits)
+    assert set(model.state_dict()) == {*GPTModel(CFG).state_dict(), "out_head.bias"}
+
+
+def test_accuracy_of_a_plain_gpt_counts_messages_not_tokens():
+    model = GPTModel(CFG)
+    g.add_classification_head(model, 2)
+    with torch.no_grad():
+        model.out_head.weight.zero_()
+        model.out_head.bias.copy_(torch.tensor([0.0, 1.0]))  # it always answers 1
+    loader = [(torch.randint(50, (4, 12)), torch.tensor([1, 0, 1, 1])), (torch.randint(50, (1, 12)), torch.ones(1))]
+    assert calc_accuracy_loader(loader, model, CPU) == 4 / 5
+    assert calc_accuracy_loader(loader, model, CPU, num_batches=1) == 3 / 4
+
+
+def test_loss_is_the_mean_of_batches_and_accuracy_of_messages():
+    torch.manual_seed(0)
+    model = GPTModel(CFG)
+    g.add_classification_head(model, 2)
+    batches = [(torch.randint(50, (n, 12)), torch.randint(2, (n,))) for n in (4, 4, 1)]
     means, right = [], []
-    for ids, _, labels in batches:
+    for ids, labels in batches:
         p = model(ids)[:, -1].softmax(-1)
         means.append(-p[torch.arange(len(ids)), labels].log().mean().item())
         right += (p[:, 1] > p[:, 0]).long().eq(labels).tolist()
-    logits = g.LabelLogits(model)
-    assert g.calc_loss_loader(batches, logits, CPU) == pytest.approx(sum(means) / 3, rel=1e-5)
-    assert g.calc_loss_loader(batches, logits, CPU, 2) == pytest.approx(sum(means[:2]) / 2, rel=1e-5)
-    assert g.calc_accuracy_loader(batches, logits, CPU) == sum(right) / 9 and not model.training
-    g.evaluate_model(logits, batches, batches, CPU, 1)
-    assert model.training
-    plain = nn.Linear(12, 2)  # the chapter's way: a batch of inputs and its labels
-    loss = F.cross_entropy(plain(ids.float()), labels)
-    assert torch.equal(g.calc_loss_batch(ids.float(), labels, plain, CPU), loss)
+    fast_batches = [((ids, torch.full((len(ids),), 11)), labels) for ids, labels in batches]
+    for fast_or_not, loader in ((model, batches), (g.LabelLogits(model), fast_batches)):
+        assert calc_loss_loader(loader, fast_or_not, CPU) == pytest.approx(sum(means) / 3, rel=1e-5)
+        assert calc_loss_loader(loader, fast_or_not, CPU, 2) == pytest.approx(sum(means[:2]) / 2, rel=1e-5)
+        assert calc_accuracy_loader(loader, fast_or_not, CPU) == sum(right) / 9
+
+
+def test_measuring_is_in_eval_mode_and_goes_back_to_train_mode():
+    model = GPTModel(CFG)
+    g.add_classification_head(model, 2)
+    modes = []
+    model.register_forward_hook(lambda module, inputs, output: modes.append(module.training))
+    batches = [(torch.randint(50, (4, 12)), torch.zeros(4, dtype=int))]
+    g.evaluate_model(model.train(), batches, batches, CPU, 1)
+    assert modes == [False, False] and model.training
+
+
+@pytest.mark.parametrize("classes, held_by, max_length, said", [
+    (2, None, None, "train_dataset.max_length"), (2, None, 1025, "train_dataset.max_length"),
+    (2, None, 0, "train_dataset.max_length"), (3, None, 10, "Classifier.classify"),
+    (2, {"padding": False}, 10, "Classifier.classify"), (2, {"token_pos": "first"}, 10, "Classifier.classify"),
+    (2, {}, 11, "Classifier.classify"),
+])
+def test_classify_review_refuses_what_would_be_another_answer(classes, held_by, max_length, said):
+    model = GPTModel(BASE_CONFIG)
+    g.add_classification_head(model, classes)
+    if held_by is not None:
+        g.Classifier(model, TOKENIZER, ["ham", "spam"], 10, **held_by)
+    with pytest.raises(ValueError, match=said):
+        classify_review("hello", model, TOKENIZER, CPU, max_length)
+
+
+# ---- Part 2: one call for all of it ----
+
+def test_the_python_lines_of_the_readme_train_and_classify(tmp_path, monkeypatch, capsys, micro):
+    """As they stand, but on the small checkpoint instead of the bundled model."""
+    lines = re.search(r"```python\n(import gpt_spam\n.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    assert lines.count("\n") == 5
+    monkeypatch.chdir(HERE)
+    load_pretrained = g.load_pretrained
+    monkeypatch.setattr(g, "load_pretrained", lambda path: load_pretrained(micro)[:2] + ({"epochs": 1},))
+    exec(lines, {})
+    assert re.fullmatch(r"\[\('(ham|spam)', 0\.\d+\)\]", capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture
+def splits():
+    return g.prepare_splits(small_frame())[0]
+
+
+@pytest.fixture
+def classifier():
+    torch.manual_seed(0)
+    model = GPTModel(BASE_CONFIG)
+    g.add_classification_head(model, 2)
+    return g.Classifier(model.eval(), TOKENIZER, ["ham", "spam"], 10)
+
+
+def test_finetune_takes_a_model_not_its_path(splits, micro):
+    with pytest.raises(TypeError, match="expected a GPTModel"):
+        g.finetune(str(micro), TOKENIZER, splits)
+
+
+@pytest.mark.parametrize("settings, error, said", [
+    ({"epoch": 1}, TypeError, "'epoch'"), ({"token_pos": "middle"}, ValueError, "last, first, mean"),
+    ({"trainable_layers": "some"}, ValueError, "last_two_blocks"), ({"epochs": 0}, ValueError, "at least 1"),
+    ({"context_length": 0}, ValueError, "got 0"), ({"context_length": -3}, ValueError, "got -3"),
+    ({"batch_size": 33}, ValueError, "33 is more than 32"),
+], ids=str)
+def test_finetune_refuses_a_wrong_setting(splits, micro, settings, error, said):
+    with pytest.raises(error, match=said):
+        g.finetune(*g.load_pretrained(micro)[:2], splits, **settings)
+
+
+def test_finetune_refuses_another_models_tokenizer(splits):
+    with pytest.raises(ValueError, match="the tokenizer has 320 tokens, the model 50"):
+        g.finetune(GPTModel(CFG), TOKENIZER, splits)
+
+
+@pytest.mark.parametrize("texts", [5, None, pd.DataFrame({"Text": ["a"]}), [1], ["a", None], b"a"], ids=repr)
+def test_predict_takes_nothing_but_texts(classifier, texts):
+    with pytest.raises(TypeError, match="expected a string"):
+        classifier.predict(texts)
+
+
+def test_predict_takes_texts_in_any_common_form(classifier):
+    texts = ["hello", "a message that is longer than ten tokens"]
+    expected = classifier.predict(texts)
+    for same in (tuple(texts), pd.Series(texts, index=[7, 3]), np.array(texts)):
+        assert torch.equal(classifier.predict(same), expected)
+    torch.testing.assert_close(classifier.predict(texts[0]), expected[:1])
+
+
+def test_classify_gives_the_likelier_label_and_its_probability(classifier):
+    for (label, probability), row in zip(classifier.classify(["hello", "x"]), classifier.predict(["hello", "x"])):
+        assert probability == max(row.tolist()) and row[["ham", "spam"].index(label)] == probability
+
+
+def test_a_saved_classifier_answers_as_before_whatever_the_device_is_called(classifier, tmp_path):
+    g.save_classifier(tmp_path / "c.pth", classifier)
+    for device in ("cpu", CPU):
+        loaded = g.load_classifier(tmp_path / "c.pth", device)
+        assert torch.equal(loaded.predict(["hello", "x"]), classifier.predict(["hello", "x"]))
+
+
+def test_save_classifier_takes_nothing_but_a_classifier(classifier, tmp_path):
+    with pytest.raises(TypeError, match="expected a Classifier"):
+        g.save_classifier(tmp_path / "c.pth", classifier.model)
+    assert os.listdir(tmp_path) == []
+
+
+# ---- Part 2: speed, against plain PyTorch ----
+
+def last(logits, lengths):
+    return logits[:, -1, :]
+
+
+READERS = {"": last, "--token-pos first": lambda logits, lengths: logits[:, 0, :],
+           "--token-pos mean": lambda logits, lengths: logits.mean(dim=1),
+           "--no-padding": lambda logits, lengths: logits[torch.arange(len(logits)), lengths - 1, :]}
+
+
+def plain_rows(frame, length):
+    """Return (padded ids, how many are not padding, label) of each message, in plain Python."""
+    rows = []
+    for text, label in zip(frame["Text"], frame["Label"]):
+        ids = TOKENIZER.encode_ordinary(text)[:length]
+        rows.append((torch.tensor(ids + [319] * (length - len(ids))), len(ids), int(label == "spam")))
+    return rows
+
+
+@pytest.mark.parametrize("options, read", [*READERS.items(), *dict.fromkeys([
+    "--no-causal-mask", "--balance weights", "--trainable-layers last_two_blocks", "--trainable-layers all",
+    "--context-length 9"], last).items()])
+def test_training_equals_a_plain_loop(tmp_path, options, read):
+    ours = train(tmp_path, "--eval-iter", 2, *options.split())
+    frames = [pd.read_csv(tmp_path / "d" / f"{name}.csv", keep_default_na=False)
+              for name in ("train", "validation", "test")]
+    length = 9 if "9" in options else max(len(TOKENIZER.encode_ordinary(text)) for text in frames[0]["Text"])
+    train_loader, val_loader, test_loader = [
+        DataLoader(plain_rows(frame, length), 8, shuffle=frame is frames[0]) for frame in frames]
+    model, *_ = g.load_pretrained(tmp_path / "w" / "folder-micro.npz")
+    for block in model.trf_blocks:
+        block.att.causal = options != "--no-causal-mask"
+    g.add_classification_head(model, 2, options.split()[1] if "layers" in options else "last_block")
+    spam = (frames[0]["Label"] == "spam").mean()
+    weights = torch.tensor([0.5 / (1 - spam), 0.5 / spam], dtype=torch.float32)
+    loss_of = nn.CrossEntropyLoss(weights if "weights" in options else None)
+
+    def loss_and_right(ids, lengths, labels):
+        logits = read(model(ids), lengths)
+        return loss_of(logits, labels), logits.argmax(dim=-1) == labels
+
+    torch.manual_seed(123)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    step, train_losses, val_losses = 0, [], []
+    for _ in range(2):
+        for batch in train_loader:
+            optimizer.zero_grad()
+            loss_and_right(*batch)[0].backward()
+            optimizer.step()
+            if step % 3 == 0:
+                for loader, logged in ((train_loader, train_losses), (val_loader, val_losses)):
+                    logged.append(np.mean([loss_and_right(*batch)[0].item() for batch in g.islice(loader, 2)]))
+            step += 1
+        list(train_loader), list(val_loader)  # the chapter's accuracies draw from the same random numbers
+    assert losses(ours) == pytest.approx(train_losses + val_losses, abs=1e-4)
+    for loader, accuracy in zip((val_loader, test_loader), ours["final_accuracy"][1:]):
+        right = torch.cat([loss_and_right(*batch)[1] for batch in loader])
+        assert accuracy == pytest.approx(right.float().mean().item())
+
+
+@pytest.mark.parametrize("options, read", READERS.items())
+def test_a_saved_classifier_reads_the_position_that_was_asked_for(tmp_path, options, read):
+    train(tmp_path, *options.split())
+    classifier = classifier_in(tmp_path)
+    frame = g.read_messages(BUNDLED[0])[:30]
+    ids, lengths, _ = next(iter(DataLoader(plain_rows(frame, classifier.max_length), 30)))
+    plain = read(classifier.model(ids), lengths).softmax(dim=-1)
+    torch.testing.assert_close(classifier.predict(frame["Text"]), plain, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_last_block_at_one_position_equals_the_block_in_values_and_gradients(causal):
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_last_block_at_one_position_equals_the_block_in_values_and_gradients(causal, qkv_bias):
     torch.manual_seed(0)
-    block, x = g.TransformerBlock(g.replace(CFG, causal=causal)), torch.randn(4, 12, 8, requires_grad=True)
-    positions = torch.tensor([0, 5, 11, 3])
+    block = g.TransformerBlock({**CFG, "causal": causal, "qkv_bias": qkv_bias})
+    x, positions = torch.randn(4, 12, 8, requires_grad=True), torch.tensor([0, 5, 11, 3])
     outs = [g.last_block_at(block, x, positions), block(x)[torch.arange(4), positions]]
     torch.testing.assert_close(*outs)
-    weights = [x, *(p for name, p in block.named_parameters() if "W_key.bias" not in name)]  # that changes nothing
-    torch.testing.assert_close(*[torch.autograd.grad(out.square().sum(), weights) for out in outs])
+    weights = [p for name, p in block.named_parameters() if "W_key.bias" not in name]  # that changes nothing
+    torch.testing.assert_close(*[torch.autograd.grad(out.square().sum(), [x, *weights]) for out in outs])
 
 
-def test_training_equals_a_plain_loop(tmp_path):
-    ours, loaders, length = train(tmp_path, "--eval-iter", 2), [], None
-    for name in ("train", "validation", "test"):
-        frame = pd.read_csv(tmp_path / "d" / f"{name}.csv", keep_default_na=False).replace({"ham": 0, "spam": 1})
-        encoded = [TOKENIZER.encode_ordinary(text) for text in frame["Text"]]
-        length = length or max(map(len, encoded))
-        rows = [(torch.tensor((ids + [319] * length)[:length]), y) for ids, y in zip(encoded, frame["Label"])]
-        loaders.append(torch.utils.data.DataLoader(rows, 8, shuffle=name == "train", drop_last=name == "train"))
-    model, _ = g.load_pretrained(tmp_path / "w" / "folder-micro.npz")
-    g.add_classification_head(model, 2)
-    torch.manual_seed(123)
-    optimizer, step, logged = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1), 0, []
-    for _ in range(2):
-        for ids, labels in loaders[0]:
-            optimizer.zero_grad()
-            F.cross_entropy(model(ids)[:, -1], labels).backward()
-            optimizer.step()
-            if step % 3 == 0:
-                logged.append([np.mean([F.cross_entropy(model(ids)[:, -1], y).item() for ids, y in g.islice(loader, 2)])
-                               for loader in loaders[:2]])
-            step += 1
-        for loader in loaders[:2]:  # the chapter's accuracies draw from the same random numbers
-            list(loader)
-    assert np.array(logged).T.ravel().tolist() == pytest.approx(losses(ours), abs=1e-4)
-    right = [torch.cat([model(ids)[:, -1].argmax(-1) == y for ids, y in loader]) for loader in loaders[1:]]
-    assert [r.float().mean().item() for r in right] == pytest.approx(ours["final_accuracy"][1:])
+@pytest.mark.parametrize("changes", [
+    "", "--trainable-layers last_layer", "--trainable-layers last_two_blocks", "--token-pos first",
+    "--token-pos mean", "--no-causal-mask", "--no-padding --batch-size 4", "--context-length model",
+    "--trainable-layers lora", "--no-padding --batch-size 1 --token-pos mean",
+    "--weights random --trainable-layers all", "--no-padding --batch-size 1 --no-causal-mask",
+    "--no-padding --context-length 9"])
+def test_the_cache_changes_no_loss_and_no_accuracy(tmp_path, monkeypatch, changes):
+    cached, plain = (train(tmp_path, *changes.split(), cache) for cache in ("--cache", "--no-cache"))
+    monkeypatch.setattr(g.os, "sysconf", lambda name: 1)  # as if the memory were too small for a cache
+    for other in (plain, train(tmp_path, *changes.split())):
+        assert losses(cached) == pytest.approx(losses(other), abs=2e-5)
+        assert all(cached[name] == other[name] for name in ("train_accuracy", "val_accuracy", "final_accuracy"))
+
+
+def test_context_length_is_that_of_the_saved_classifier(tmp_path):
+    train(tmp_path, "--no-padding", "--context-length", 9)
+    assert classifier_in(tmp_path).max_length == 9
+
+
+def test_bfloat16_stays_near_float32_and_reopens_bit_for_bit(tmp_path):
+    full, half = (losses(train(tmp_path, "--dtype", dtype)) for dtype in ("float32", "bfloat16"))
+    assert half == pytest.approx(full, abs=0.02) and half != full
+    blocks = classifier_in(tmp_path).model.trf_blocks
+    pretrained = g.load_pretrained(tmp_path / "w" / "folder-micro.npz")[0].trf_blocks[0].to(torch.bfloat16)
+    torch.testing.assert_close(dict(blocks[0].state_dict()), dict(pretrained.state_dict()), rtol=0, atol=0)
+    assert blocks[1].norm1.scale.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_a_plain_gpt_runs_with_frozen_blocks_in_bfloat16(micro):
+    model, ids = g.load_pretrained(micro)[0], torch.randint(320, (2, 12))
+    full = model(ids)
+    model.trf_blocks[:1].to(torch.bfloat16)
+    half = model(ids)
+    assert half.dtype == torch.float32 and not torch.equal(half, full)
+    torch.testing.assert_close(half, full, atol=0.05, rtol=0)
 
 
 def test_the_learning_rate_rises_and_falls_in_a_line(tmp_path):
@@ -352,104 +932,16 @@ def test_the_learning_rate_rises_and_falls_in_a_line(tmp_path):
     assert seen == pytest.approx([1 / 2, 1, *(i / 18 for i in range(18, 0, -1))])  # a tenth of the 20 steps up
 
 
-@pytest.mark.parametrize("changes", [
-    "", "--trainable-layers last_layer", "--trainable-layers last_two_blocks", "--token-pos first", "--pooling mean",
-    "--token-pos last_real", "--no-causal-mask", "--no-padding --batch-size 4", "--context-length model",
-    "--trainable-layers lora", "--no-padding --batch-size 1 --pooling mean", "--weights random --trainable-layers all",
-    "--ignore-index 319", "--no-padding --batch-size 1 --no-causal-mask", "--no-padding --context-length 9",
-])
-def test_the_cache_and_the_fast_last_block_change_no_loss_and_no_accuracy(tmp_path, monkeypatch, changes):
-    fast, plain = (train(tmp_path, *changes.split(), cache) for cache in ("--cache", "--no-cache"))
-    monkeypatch.setattr(g.os, "sysconf", lambda name: 1)  # as if the memory were too small for a cache
-    for other in (plain, train(tmp_path, *changes.split())):
-        assert losses(fast) == pytest.approx(losses(other), abs=2e-5)
-        assert all(fast[name] == other[name] for name in ("train_accuracy", "val_accuracy", "final_accuracy"))
-    assert "length 9" not in changes or g.load_classifier(tmp_path / "w" / "spam_classifier.pth")[3]["max_length"] == 9
-
-
-@pytest.mark.parametrize("options, read", [
-    ("", lambda out, real: out[:, -1]), ("--token-pos first", lambda out, real: out[:, 0]),
-    ("--token-pos last_real", lambda out, real: out[torch.arange(len(out)), real - 1]),
-    ("--pooling mean", lambda out, real: out.mean(1)),
-], ids=str)
-def test_a_saved_classifier_reads_the_position_that_was_asked_for(tmp_path, options, read):
-    train(tmp_path, *options.split())
-    model, tokenizer, labels, options, _ = g.load_classifier(tmp_path / "w" / "spam_classifier.pth")
-    texts = g.read_messages(BUNDLED[0])["Text"].tolist()[:30]
-    encoded = [tokenizer.encode_ordinary(text)[:options["max_length"]] for text in texts]
-    ids = torch.tensor([i + [319] * (options["max_length"] - len(i)) for i in encoded])
-    plain = read(model(ids), torch.tensor([len(i) for i in encoded])).softmax(-1)
-    torch.testing.assert_close(g.predict(texts, model, tokenizer, CPU, **options), plain, atol=1e-5, rtol=1e-4)
-    alone = [g.classify_review(text, model, tokenizer, CPU, labels=labels, **options)[1] for text in texts[:5]]
-    assert alone == pytest.approx(plain[:5].amax(dim=1).tolist(), abs=1e-5)
-
-
-def test_bfloat16_stays_near_float32_and_reopens_bit_for_bit(tmp_path):
-    full, half = (losses(train(tmp_path, "--dtype", dtype)) for dtype in ("float32", "bfloat16"))
-    assert half == pytest.approx(full, abs=0.02) and half != full
-    blocks = g.load_classifier(tmp_path / "w" / "spam_classifier.pth")[0].trf_blocks
-    pretrained = g.load_pretrained(tmp_path / "w" / "folder-micro.npz")[0].trf_blocks[0].to(torch.bfloat16)
-    torch.testing.assert_close(dict(blocks[0].state_dict()), dict(pretrained.state_dict()), rtol=0, atol=0)
-    assert blocks[1].norm1.scale.dtype == torch.float32
-
-
-def test_lora_starts_unchanged_trains_every_linear_and_merges():
-    torch.manual_seed(0)
-    model, ids = g.GPTModel(CFG).eval(), torch.randint(50, (2, 12))
-    g.add_classification_head(model, 2)
-    before = model(ids)
-    g.add_classification_head(model, 2, "lora", 3, 5)
-    torch.testing.assert_close(model(ids), before)
-    torch.manual_seed(123)
-    nn.Linear(8, 2)  # the head comes first, then every A in the order of the modules
-    query = model.trf_blocks[0].att.W_query
-    lora = query.parametrizations.weight[0]
-    torch.testing.assert_close(lora.A.data, nn.init.kaiming_uniform_(torch.empty(8, 3), a=math.sqrt(5)))
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert sum(name.endswith(".A") for name in trained) == 3 * 6 + 1
-    with torch.no_grad():
-        for name in trained:
-            model.get_parameter(name).add_(torch.randn(()) * 0.1)
-        x, plain = torch.randn(4, 8), query.parametrizations.weight.original
-        torch.testing.assert_close(query(x), F.linear(x, plain, query.bias) + 5 * (x @ lora.A @ lora.B))
-        logits = model(ids)
-        g.merge_lora(model)
-        torch.testing.assert_close(model(ids), logits)
-    assert set(model.state_dict()) == {*g.GPTModel(CFG).state_dict(), "out_head.bias"}
-
-
-def test_experiments(run, tmp_path):
-    places = ["--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d", "--device", "cpu"]
-    _, out, err = run("experiments", "--model", MICRO, "--data", small_data(tmp_path / "d.tsv"), *places, "--epochs", 1,
-                      "--rows", 1, 16, 18, 19)
-    table = [line.strip("| ").split(" | ") for line in out.splitlines()[2:]]
-    assert [row[0] for row in table] == ["1", "16", "18", "19"] and table[1][1] == "--token-pos last_real", err
-    assert [row[5] for row in table] == ["95.00%", "98.33%", "95.00%", "96.33%"] and table[0][2:5] == table[2][2:5]
-    assert not (tmp_path / "d").exists()  # the chapter's splits are not these
-
-
-@pytest.mark.parametrize("classes", [2, 4])
-def test_metrics_equal_scikit_learn(classes):
-    sk = pytest.importorskip("sklearn.metrics")
-    rng, names = np.random.default_rng(classes), [f"c{i}" for i in range(classes)]
-    labels, predicted = rng.integers(classes, size=300), rng.integers(classes - 1, size=300)  # one is never predicted
-    accuracy, table, confusion = g.calc_metrics(labels, predicted, names)
-    theirs = sk.classification_report(labels, predicted, target_names=names, output_dict=True, zero_division=0)
-    assert accuracy == pytest.approx(theirs["accuracy"])
-    for name in names:
-        assert table.rename(columns={"f1": "f1-score"}).loc[name].to_dict() == pytest.approx(theirs[name])
-    assert confusion.to_numpy().tolist() == sk.confusion_matrix(labels, predicted).tolist()
-
-
 def test_two_processes_and_accumulated_batches_train_as_one_large_batch(tmp_path):
     folders = [tmp_path / name for name in ("one", "accumulated", "two")]
     options = ("--epochs", 4, "--eval-freq", 1, "--batch-size", 32)  # all training messages
-    one, _ = train(folders[0], *options), train(folders[1], *options[:-1], 8, "--accumulation-steps", 4)
+    one = train(folders[0], *options)
+    train(folders[1], *options[:-1], 8, "--accumulation-steps", 4)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", g.__file__]
     done = subprocess.run([*torchrun, *train_arguments(folders[2], *options)], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout.count("Training completed") == 1, done.stderr
-    states = [g.load_classifier(folder / "w" / "spam_classifier.pth")[0].state_dict() for folder in folders]
+    states = [classifier_in(folder).model.state_dict() for folder in folders]
     for name in [name for name in states[0] if "W_key.bias" not in name]:  # softmax ignores the keys' biases
         for other in states[1:]:
             torch.testing.assert_close(other[name], states[0][name], atol=1e-5, rtol=0)
@@ -457,22 +949,36 @@ def test_two_processes_and_accumulated_batches_train_as_one_large_batch(tmp_path
     assert losses(two) == pytest.approx(losses(one), abs=1e-5) and one["final_accuracy"] == two["final_accuracy"]
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_metrics_equal_scikit_learn(classes):
+    sk = pytest.importorskip("sklearn.metrics")
+    rng, names = np.random.default_rng(classes), np.array([f"c{i}" for i in range(classes)])
+    true = names[rng.integers(classes, size=300)]
+    predicted = names[rng.integers(classes - 1, size=300)]  # one is never predicted
+    accuracy, table, confusion = g.calc_metrics(true, predicted, names)
+    theirs = sk.classification_report(true, predicted, output_dict=True, zero_division=0)
+    assert accuracy == pytest.approx(theirs["accuracy"])
+    for name in names:
+        assert table.rename(columns={"f1": "f1-score"}).loc[name].to_dict() == pytest.approx(theirs[name])
+    assert confusion.to_numpy().tolist() == sk.confusion_matrix(true, predicted).tolist()
+
+
 @pytest.mark.parametrize("names, use", [
-    ("GPTConfig MultiHeadAttention LayerNorm FeedForward TransformerBlock GPTModel add_classification_head", """
-model = GPTModel(GPTConfig(50, 12, 8, 2, 3))
+    ("MultiHeadAttention LayerNorm FeedForward TransformerBlock GPTModel add_classification_head", """
+model = GPTModel(CFG)
 add_classification_head(model, 4)
 assert model(torch.zeros(2, 12, dtype=int)).shape == (2, 12, 4)"""),
-    ("SpamDataset collate", """
-dataset = SpamDataset(pd.DataFrame({"Text": ["a", "bb"], "Label": [0, 1]}), tokenizer, padding=False)
-ids, positions, labels = next(iter(DataLoader(dataset, 2, collate_fn=collate)))
+    ("SpamDataset", """
+dataset = SpamDataset(pd.DataFrame({"Text": ["a", "bb"], "Label": [0, 1]}), tokenizer)
+ids, labels = next(iter(DataLoader(dataset, 2)))
 assert labels.tolist() == [0, 1]"""),
-    ("END_OF_TEXT build_tokenizer", "build_tokenizer(ENCODER, MERGES).encode_ordinary('hello')"),
-    ("mean_over_processes calc_loss_batch calc_loss_loader calc_accuracy_loader evaluate_model "
+    ("END_OF_TEXT encoding_of build_tokenizer", "build_tokenizer(ENCODER).encode_ordinary('hello')"),
+    ("last_token_logits mean_over_processes calc_loss_batch calc_loss_loader calc_accuracy_loader evaluate_model "
      "train_classifier_simple", """
 pairs, model = [(torch.eye(4), torch.tensor([0, 1, 0, 1]))] * 3, nn.Linear(4, 2)
 log = train_classifier_simple(model, pairs, pairs, torch.optim.AdamW(model.parameters(), lr=0.1), "cpu", 9, 5, 2)
 assert log[0][-1] < log[0][0] and len(log[2]) == 9 and log[3][-1] == 1 and log[4] == 9 * 12"""),
-    ("LoRALayer replace_linear_with_lora merge_lora", """
+    ("LoRAWeight replace_linear_with_lora merge_lora", """
 model = nn.Sequential(nn.Linear(4, 2))
 replace_linear_with_lora(model, 2, 1)
 merge_lora(model)
@@ -481,51 +987,17 @@ assert set(model.state_dict()) == {"0.weight", "0.bias"}"""),
 ], ids=lambda value: value.split()[0])
 def test_a_piece_lifts_out(names, use):
     """The source of some definitions runs in an empty namespace with the file's imports."""
-    tree, space, wanted = ast.parse(Path(g.__file__).read_text()), {}, set(names.split())
-    for node in tree.body:
-        targets = [n.id for target in getattr(node, "targets", []) for n in ast.walk(target) if isinstance(n, ast.Name)]
-        if isinstance(node, (ast.Import, ast.ImportFrom)) or wanted & {*targets, getattr(node, "name", None)}:
+    space, wanted = {}, set(names.split())
+    for node in ast.parse(SOURCE).body:
+        assigned = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+        is_wanted = wanted & {*assigned, getattr(node, "name", None)}
+        if isinstance(node, (ast.Import, ast.ImportFrom)) or is_wanted:
             exec(compile(ast.Module([node], []), "piece", "exec"), space)
     assert wanted <= set(space)
-    exec(use, {**space, "tokenizer": TOKENIZER, "ENCODER": ENCODER, "MERGES": MERGES})
+    exec(use, {**space, "tokenizer": TOKENIZER, "ENCODER": ENCODER, "CFG": CFG})
 
 
-class Files(http.server.BaseHTTPRequestHandler):
-    """Serves a dict of files; `faults` is what happens to the first requests for one of them."""
-
-    def do_GET(self):
-        content, start = self.server.files.get(self.path), int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"])[1])
-        fault = self.server.faults.pop(0) if content and self.server.faults else None
-        self.server.starts.append(start)
-        if content is None or fault == 500 or start >= len(content):
-            self.send_error(404 if content is None else fault or 416)
-            return
-        body = content[start:]
-        self.send_response(206)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if fault == "flip":
-            body = bytes([body[0] ^ 255]) + body[1:]
-        self.wfile.write(body[:len(body) // 2] if fault == "cut" else body)
-
-
-CONTENT = np.random.default_rng(0).bytes(3_000_000)
-RIGHT = g.partial(g.check_sha256, expected=hashlib.sha256(CONTENT).hexdigest())
-
-
-@pytest.fixture(scope="session")
-def server():
-    """Serves CONTENT, and the micro checkpoint as two of OpenAI's; a download does not pause."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files) as server, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(g.time, "sleep", lambda seconds: None)
-        server.files = {f"/gpt-2/models/{size}/{name}": (MICRO / name).read_bytes()
-                        for size in ("124M", "355M") for name in (*g.TEXT_FILES, g.DATA_FILE)}
-        server.files |= {"/good": CONTENT, "/wrong": b"<html>log in</html>"}
-        server.faults, server.starts, server.url = [], [], f"http://127.0.0.1:{server.server_port}"
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield server
-        server.shutdown()
-
+# ---- Part 2: files ----
 
 @pytest.mark.parametrize("faults", [[], [500], ["cut"], ["cut", "cut"], ["flip"], ["cut", "flip"]], ids=str)
 def test_download_takes_the_backup_and_ends_right(server, tmp_path, faults):
@@ -547,6 +1019,13 @@ def test_a_download_that_fails_says_why_and_leaves_no_file(server, tmp_path, url
     assert (tmp_path / "f.part").exists() == (said != "SHA-256")
 
 
+@pytest.mark.parametrize("path, said", [(ARCHIVE, "SHA-256"), ("/wrong", "not the archive of the SMS data")])
+def test_another_table_than_ucis_is_refused(server, tmp_path, path, said):
+    with pytest.raises(OSError, match=said):
+        download_and_unzip_spam_data(server.url + path, tmp_path / "a.zip", tmp_path, tmp_path / "a.tsv")
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_error_inside_an_atomic_write_gets_out_and_leaves_what_was(tmp_path):
     (tmp_path / "f").write_text("old")
     with pytest.raises(FileNotFoundError, match="mine"), g.atomic_write(tmp_path / "f") as temporary:
@@ -557,86 +1036,155 @@ def test_an_error_inside_an_atomic_write_gets_out_and_leaves_what_was(tmp_path):
 
 def test_a_damaged_checkpoint_that_was_downloaded_is_thrown_away(server, run, tmp_path, monkeypatch):
     args = train_arguments(tmp_path, "--mirror", server.url, model="355M")
-    assert "SHA-256" in run(*args)[2]  # encoder.json and vocab.bpe are not GPT-2's
-    monkeypatch.setitem(server.files, f"/gpt-2/models/355M/{g.DATA_FILE}", (MICRO / g.DATA_FILE).read_bytes()[:-4])
+    assert "SHA-256" in run(*args)[2]  # encoder.json is not GPT-2's
+    damaged = (MICRO / g.DATA_FILE).read_bytes()[:-4]
+    monkeypatch.setitem(server.files, f"/gpt-2/models/355M/{g.DATA_FILE}", damaged)
     status, _, err = run(*args, "--no-verify")
     assert status == 2 and "112,380 bytes" in err and not list((tmp_path / "w").rglob("*.*"))
 
 
+def test_only_a_classifier_is_loaded_and_runs_no_code(classifier, tmp_path, monkeypatch):
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("touch evil-was-here",)
+
+    monkeypatch.chdir(tmp_path)
+    g.save_classifier("bad.pth", classifier)
+    good = torch.load("bad.pth", weights_only=True)
+    for content in (Evil(), {**good, "about": Evil()}, {**good, "labels": ["a"]}, [1], good["model"]):
+        torch.save(content, "bad.pth")
+        with pytest.raises(ValueError, match="bad.pth is not a classifier.*gpt_spam.py train"):
+            g.load_classifier("bad.pth")
+    assert os.listdir() == ["bad.pth"]
+
+
+# ---- Part 2: the command line ----
+
 @pytest.fixture(scope="session")
 def trained(server, tmp_path_factory):
     """`train` on a mirror that serves the micro checkpoint as 124M, and a small collection as UCI's."""
-    folder, archive = tmp_path_factory.mktemp("trained"), io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as zipped:
-        zipped.writestr("../evil", "never unpacked")
-        zipped.writestr("SMSSpamCollection", small_data(folder / "raw.tsv").read_bytes())
-    server.files["/static/public/228/sms+spam+collection.zip"] = archive.getvalue()
+    folder = tmp_path_factory.mktemp("trained")
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        metrics = train(folder, "--mirror", server.url, "--no-verify", "--plot",
-                        folder / "plots", model="124M", data="auto")
+        metrics = train(folder, "--mirror", server.url, "--no-verify", "--plot", folder / "plots",
+                        model="124M", data="auto")
     return folder, metrics, out.getvalue()
 
 
-def test_train_from_a_mirror(trained):
-    folder, metrics, out = trained
+def test_train_writes_its_files_and_nothing_else(trained):
+    folder, _, _ = trained
     assert set(os.listdir(folder / "w")) == {"gpt2-124M.npz", "spam_classifier.pth"}
     assert set(os.listdir(folder / "d")) == {"SMSSpamCollection.tsv", "test.csv", "train.csv", "validation.csv"}
+    assert all((folder / "plots" / f"{name}-plot.png").read_bytes().startswith(b"\x89PNG")
+               for name in ("loss", "accuracy"))
+
+
+def test_train_prints_the_chapters_log_and_keeps_its_numbers(trained):
+    _, metrics, out = trained
     assert re.search(r"Ep 1 \(Step 000000\): Train loss \d\.\d{3}, Val loss \d\.\d{3}", out)
     assert re.search(r"\nTraining accuracy: [\d.]+% \| Validation accuracy: [\d.]+%\n", out)
     assert len(metrics["train_loss"]) == 3 and len(metrics["val_accuracy"]) == 2 and metrics["examples_seen"] == 64
     assert "Final: accuracy {:.2%} / {:.2%} / {:.2%} (all batches)".format(*metrics["final_accuracy"]) in out
-    assert all((folder / "plots" / f"{y}-plot.png").read_bytes().startswith(b"\x89PNG") for y in ("loss", "accuracy"))
-    train(folder, "--mirror", DEAD, model="124M", data="sms")  # now without network
 
 
-def test_own_labels_columns_and_test_file(run, tmp_path):
-    df = g.read_messages(small_data(tmp_path / "d.tsv"))
+def test_what_was_downloaded_needs_no_network_again(trained):
+    train(trained[0], "--mirror", DEAD, model="124M", data="sms")
+
+
+@pytest.fixture
+def stars(tmp_path, monkeypatch):
+    """A trained classifier of reviews with 1 or 5 stars, tested on a table of its own; paths are relative."""
+    monkeypatch.chdir(tmp_path)
+    df = small_frame()
     frame = pd.DataFrame({"stars": df["Label"].map({"ham": 5, "spam": 1}), "review": df["Text"]})
-    frame.drop(frame.index[::4]).to_csv(tmp_path / "r.csv", index=False)
-    frame[::4].to_json(tmp_path / "t.jsonl", orient="records", lines=True)
-    train(tmp_path, "--text-column", "review", "--label-column", "stars", "--test-data", tmp_path / "t.jsonl",
-          data=tmp_path / "r.csv")
-    assert set(pd.read_csv(tmp_path / "d" / "test.csv")["Label"]) == {1, 5}  # the labels as they were
-    assert "would overwrite" in run(*train_arguments(tmp_path, data=tmp_path / "d" / "train.csv"))[2]
-    assert re.search(r"(?s)t\.jsonl, all: 12 messages.*\n5 ", run("evaluate", "--weights-dir", tmp_path / "w")[1])
+    frame.drop(frame.index[::4]).to_csv("r.csv", index=False)
+    frame[::4].to_json("t.jsonl", orient="records", lines=True)
+    train(tmp_path, "--text-column", "review", "--label-column", "stars", "--test-data", "t.jsonl", data="r.csv")
+    return tmp_path
 
 
-def test_use(trained, run, tmp_path):
+def test_own_labels_and_columns_are_kept(stars, run):
+    assert set(pd.read_csv(stars / "d" / "test.csv")["Label"]) == {1, 5}
+    assert re.fullmatch(r"[15]\t[01]\.\d{4}\tfine\n", run("classify", "--weights-dir", stars / "w", "fine")[1])
+
+
+def test_evaluate_measures_on_the_test_table_of_training_from_any_folder(stars, run, monkeypatch):
+    (stars / "elsewhere").mkdir()
+    for folder in (stars, stars / "elsewhere"):
+        monkeypatch.chdir(folder)
+        status, out, err = run("evaluate", "--weights-dir", stars / "w")
+        assert re.search(r"(?s)test split: 12 messages.*\n5 ", out), err
+
+
+def test_a_split_never_overwrites_the_data(trained, run, tmp_path):
+    shutil.copytree(trained[0] / "d", tmp_path / "d")
+    before = (tmp_path / "d" / "train.csv").read_bytes()
+    status, _, err = run(*train_arguments(tmp_path, data=tmp_path / "d" / "train.csv"))
+    assert status == 2 and "would overwrite" in err and (tmp_path / "d" / "train.csv").read_bytes() == before
+
+
+@pytest.fixture
+def use(trained, run):
+    """Run a command with the trained classifier; return status, output and errors."""
     where = ["--weights-dir", trained[0] / "w", "--data-dir", trained[0] / "d", "--device", "cpu"]
-    assert re.search(r"test split: 10 messages, accuracy [\d.]+%", run("evaluate", *where)[1])
-    assert "all: 32 messages" in run("evaluate", *where, "--data", "x", "--test-data", f"{trained[0]}/d/train.csv")[1]
+    return lambda command, *args: run(command, *(where if command == "evaluate" else where[:2]), *args)
+
+
+def test_evaluate_measures_on_the_test_split_or_on_any_table(trained, use, tmp_path):
+    assert "test split: 10 messages, accuracy {:.2%}".format(trained[1]["final_accuracy"][2]) in use("evaluate")[1]
+    assert "all: 32 messages" in use("evaluate", "--data", trained[0] / "d" / "train.csv")[1]
     (tmp_path / "o.csv").write_text("label,text\neggs,hi\n")
-    assert "['eggs']" in run("evaluate", *where, "--data", tmp_path / "o.csv")[2]
-    assert re.fullmatch(r"((ham|spam)\t[01]\.\d{4}\t.*\n){2}", run("classify", *where, "hello there", "")[1])
+    assert "['eggs']" in use("evaluate", "--data", tmp_path / "o.csv")[2]
 
-    def classify(name, content, *options):
-        (tmp_path / name).write_bytes(content)
-        return run("classify", *where, "--input", tmp_path / name, *options)
 
-    texts = ["hello", "emoji 😀 ünï", "<|endoftext|>", "x" * 100_000, "last"]
-    lines = "\n\n".join(texts).encode() + b"\n\xff broken\r\nwin"
-    rows = map(json.loads, classify("a.txt", lines, "--format", "jsonl")[1].splitlines())
-    assert [row["text"] for row in rows] == [*texts, "\ufffd broken", "win"]
-    rows = classify("a.csv", b'Id,Text\n1,"two\nlines"\n2,"b, c"\n')[1].splitlines()
-    assert [row.split("\t")[2] for row in rows] == ["two lines", "b, c"]
-    surrogate = b'{"text": "a"}\n{"text": "\\ud800 surrogate"}\n'
-    assert len(classify("a.jsonl", surrogate)[1].splitlines()) == 2
-    status, out, err = classify("bad.jsonl", b'{"text": "a"}\nnonsense\n')
+def test_classify_prints_label_probability_and_text(use):
+    assert re.fullmatch(r"((ham|spam)\t[01]\.\d{4}\t.*\n){2}", use("classify", "hello there", "")[1])
+
+
+def test_the_threshold_moves_the_answer(use):
+    answers = [use("classify", "--threshold", threshold, "hello")[1].split()[0] for threshold in (0, 1)]
+    assert answers == ["spam", "ham"]
+
+
+@pytest.mark.parametrize("name, content, texts", [
+    ("a.txt", "hello\n\nemoji 😀 ünï\n<|endoftext|>\n".encode() + b"x" * 100_000 + b"\n\xff broken\r\nwin",
+     ["hello", "emoji 😀 ünï", "<|endoftext|>", "x" * 100_000, "\ufffd broken", "win"]),
+    ("a.csv", b'Id,Text\n1,"two\nlines"\n2,"b, c"\n', ["two lines", "b, c"]),
+    ("a.tsv", b"text\tid\nhello\t1\nthere\t2\n", ["hello", "there"]),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n', ["a", "b"]),
+])
+def test_classify_reads_files(use, tmp_path, name, content, texts):
+    (tmp_path / name).write_bytes(content)
+    status, out, err = use("classify", "--input", tmp_path / name)
+    assert [line.split("\t")[2] for line in out.splitlines()] == texts, err
+
+
+def test_classify_does_not_stop_at_half_a_character(use, tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\\ud800 surrogate"}\n')
+    status, out, err = use("classify", "--input", tmp_path / "a.jsonl")
+    assert status == 0 and len(out.splitlines()) == 2, err
+
+
+def test_classify_refuses_a_broken_table_before_it_answers(use, tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "a"}\nnonsense\n')
+    status, out, err = use("classify", "--input", tmp_path / "bad.jsonl")
     assert status == 2 and "bad.jsonl is not a table of texts" in err and not out
-    assert [run("classify", *where, "--threshold", t, "hello")[1].split()[0] for t in (0, 1)] == ["spam", "ham"]
 
 
-def test_by_token_reads_each_beginning_as_classify_does(trained, run):
-    path, text = trained[0] / "w" / "spam_classifier.pth", "Win 😀\nnow"
-    out = run("classify", "--classifier", path, "--device", "cpu", "--by-token", text, "")[1].splitlines()
-    model, tokenizer, labels, options, _ = g.load_classifier(path)
-    ids = tokenizer.encode_ordinary(text)
+def test_by_token_reads_each_beginning_as_classify_does(trained, use):
+    out = use("classify", "--by-token", "Win 😀\nnow")[1].splitlines()
+    classifier = classifier_in(trained[0])
+    ids = TOKENIZER.encode_ordinary("Win 😀\nnow")
     tokens, numbers = zip(*(line.split(" spam ") for line in out[:len(ids)]))
-    assert "".join(map(str.rstrip, tokens)) == "Win\\xf0\\x9f\\x98\\x80\\nnow"
+    assert "".join(map(str.rstrip, tokens)) == "Win\ufffd\ufffd\ufffd\ufffd\\nnow"
     for end, number in enumerate(numbers, 1):
-        padded = torch.tensor([ids[:end] + [tokenizer.eot_token] * (options["max_length"] - end)])
-        assert number.split()[0] == f"{model(padded)[0, -1].softmax(dim=0)[1]:.4f}"
-    assert re.fullmatch(r"(ham|spam)\t[01]\.\d{4}\tWin 😀 now", out[len(ids)]) and "<|endoftext|>" in out[-2]
+        padded = torch.tensor([ids[:end] + [319] * (classifier.max_length - end)])
+        assert number.split()[0] == f"{classifier.model(padded)[0, -1].softmax(dim=0)[1]:.4f}"
+    assert re.fullmatch(r"(ham|spam)\t[01]\.\d{4}\tWin 😀 now", out[len(ids)])
+
+
+def test_by_token_accepts_an_empty_text(use):
+    status, out, err = use("classify", "--by-token", "")
+    assert status == 0 and re.search(r"(ham|spam)\t[01]\.\d{4}\t\n$", out), err
 
 
 def test_standard_input_and_a_closed_pipe_that_ends_quietly(trained):
@@ -646,45 +1194,38 @@ def test_standard_input_and_a_closed_pipe_that_ends_quietly(trained):
     assert re.fullmatch(r"(ham|spam)\t[01]\.\d{4}\thello\n141\n", done.stdout) and done.stderr == ""
 
 
-def test_only_a_classifier_or_state_dict_is_loaded_and_runs_no_code(trained, micro, tmp_path, monkeypatch):
-    class Evil:
-        def __reduce__(self):
-            return os.system, ("touch evil-was-here",)
-
-    monkeypatch.chdir(tmp_path)
-    path, bad = trained[0] / "w" / "spam_classifier.pth", Path("bad.pth")
-    good = torch.load(path, weights_only=True)
-    for content, said in ((Evil(), ""), ({**good, "about": Evil()}, ""), ({**good, "labels": ["a"]}, "state_dict"),
-                          ([1], ""), (good["model"], "--model")):
-        torch.save(content, bad)
-        with pytest.raises(ValueError, match=f"bad.pth is not a classifier.*{said}"):
-            g.load_classifier(bad)
-    assert os.listdir() == ["bad.pth"]
-    torch.save({**good["model"], "trf_blocks.0.att.mask": torch.ones(3, 3)}, bad)  # as the chapter's code saves it
-    (model, *_, labels, options, _), (own, *_) = g.load_classifier(bad, micro), g.load_classifier(path)
-    assert labels == ["ham", "spam"] and options == {"max_length": 120}
-    ours, theirs = (g.predict(["a", "bb"], m, TOKENIZER, CPU, **options) for m in (model, own))
-    assert torch.equal(ours, theirs)
+def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path):
+    data = small_data(tmp_path / "d.tsv")
+    places = ["--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d", "--device", "cpu"]
+    _, out, err = run("experiments", "--model", MICRO, "--data", data, *places, "--epochs", 1,
+                      "--rows", 1, 16, 18, 19)
+    table = [line.strip("| ").split(" | ") for line in out.splitlines()[2:]]
+    assert [row[0] for row in table] == ["1", "16", "18", "19"], err
+    assert [row[1] for row in table] == ["", "--no-padding", "", "--token-pos mean"]
+    assert [row[5] for row in table] == ["95.00%", "98.33%", "95.00%", "96.33%"]
+    assert table[0][2:5] == table[2][2:5]
+    assert not (tmp_path / "d").exists()  # the chapter's splits are not these
 
 
 def test_without_any_network_the_bundled_model_and_messages_are_used_and_named(run, tmp_path):
     places = ["train", "--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d", "--mirror", DEAD]
-    status, out, err = run(*places, "--epochs", 1, "--token-pos", "last_real")  # without padding, thus fast
-    assert status == 0 and out.count("bundled model, not GPT-2") == 2, err  # at the start and the final accuracies
-    assert "Changed from the chapter: epochs 1, lr 0.001, schedule linear" in out  # the model's own settings
+    status, out, err = run(*places, "--epochs", 1, "--no-padding")  # without padding, thus fast
+    assert status == 0 and out.count("bundled model, not GPT-2") == 2, err  # at the start and the end
+    assert "Changed from the chapter: epochs 1, lr 0.001, padding False, schedule linear" in out
     assert "cannot download" in run(*places, "--model", "124M")[2]
-    (tmp_path / "w" / "124M.download" / "vocab.bpe.part").write_bytes(b"half")
-    assert "cannot download" in run(*places)[2]  # a broken download is not given up silently
 
 
-def test_the_bundled_model_is_a_small_gpt_in_the_form_of_a_converted_checkpoint():
-    assert g.TINY.stat().st_size <= 8_000_000
-    model, texts = g.load_pretrained(g.TINY)
-    tokenizer = g.build_tokenizer(texts["encoder.json"], texts["vocab.bpe"])
-    assert model.cfg.context_length >= 256 and tokenizer.n_vocab == model.cfg.vocab_size
-    ids = torch.tensor([tokenizer.encode_ordinary("It was a dark night, and the rain fell on the roof of the house.")])
+def test_the_bundled_model_is_a_small_gpt_that_has_learned_english():
+    model, tokenizer, suited = g.load_pretrained(g.TINY)
+    assert g.TINY.stat().st_size <= 8_000_000 and model.cfg["context_length"] >= 256
+    assert tokenizer.n_vocab == model.cfg["vocab_size"] and set(suited) <= set(g.finetune.__kwdefaults__)
+    text = "It was a dark night, and the rain fell on the roof of the house."
+    ids = text_to_token_ids(text, tokenizer)
     loss = F.cross_entropy(model(ids)[0, :-1], ids[0, 1:]).item()
-    assert loss < 0.7 * math.log(model.cfg.vocab_size)  # it has learned something: knowing nothing costs 8.3 nats
+    assert loss < 0.7 * math.log(tokenizer.n_vocab)  # knowing nothing costs 8.3 nats
+
+
+def test_the_bundled_models_card_names_its_hash_and_size():
     card = (HERE / "weights" / "README.md").read_text()
     assert hashlib.sha256(g.TINY.read_bytes()).hexdigest() in card and f"{g.TINY.stat().st_size:,} bytes" in card
 
@@ -692,14 +1233,16 @@ def test_the_bundled_model_is_a_small_gpt_in_the_form_of_a_converted_checkpoint(
 def test_two_steps_of_pretraining_run_through(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(HERE / "weights")
     import pretrain_tiny
-    monkeypatch.setattr(pretrain_tiny, "CONFIG", g.GPTConfig(300, 32, 16, 2, 1, 0.1))
+    config = {"vocab_size": 300, "context_length": 32, "emb_dim": 16, "n_heads": 2, "n_layers": 1,
+              "drop_rate": 0.1, "qkv_bias": True}
+    monkeypatch.setattr(pretrain_tiny, "CONFIG", config)
     monkeypatch.setattr(pretrain_tiny, "SEGMENT", 1)
     sample, path = small_data(tmp_path / "d.tsv"), tmp_path / "out.npz"
     options = ["--sample", sample, "--messages", sample, "--steps", 2, "--batch-size", 4, "--out", path]
     monkeypatch.setattr(sys, "argv", list(map(str, ["", HERE / "README.md", *options])))
     pretrain_tiny.main()
-    model, texts = g.load_pretrained(path)
-    assert model.cfg.n_layers == 1 and g.build_tokenizer(texts["encoder.json"], texts["vocab.bpe"]).n_vocab == 300
+    model, tokenizer, _ = g.load_pretrained(path)
+    assert model.cfg["n_layers"] == 1 and tokenizer.n_vocab == 300
 
 
 @pytest.mark.parametrize("args, said", [
@@ -707,18 +1250,26 @@ def test_two_steps_of_pretraining_run_through(tmp_path, monkeypatch):
     (["train", "--model", HERE / "data"], "not a checkpoint in OpenAI's layout"),
     (["train", "--model", "124M", "--mirror", DEAD], f"{DEAD}/gpt-2/models/124M/"),
     (["train", "--data", "nowhere.tsv"], "nowhere.tsv"), (["train", "--out", HERE], "cannot write"),
-    (["train", "--data", MICRO / "vocab.bpe"], "no column 'label'"), (["train", "--lr", 1e30], "try a smaller --lr"),
-    (["train", "--batch-size", 0], "at least 1, got 0"), (["train", "--batch-size", 33], "33 is more than 32 training"),
-    (["train", "--no-padding", "--pooling", "mean"], "requires --batch-size 1"),
+    (["train", "--data", MICRO / "vocab.bpe"], "no column 'label'"),
+    (["train", "--lr", 1e30], "try a smaller --lr"), (["train", "--batch-size", 0], "at least 1, got 0"),
+    (["train", "--batch-size", 33], "33 is more than 32 training"),
+    (["train", "--no-padding", "--token-pos", "mean"], "requires --batch-size 1"),
+    (["train", "--no-padding", "--no-causal-mask"], "requires --batch-size 1"),
     (["train", "--context-length", 9999], "9999 tokens, the model has 1 to 1024"),
-    (["train", "--context-length", 0], "0 tokens, the model has 1 to 1024; set --context-length"),
-    (["classify"], "give either texts or --input"), (["train", "--lora-rnak", 4], "did you mean --lora-rank?"),
-    (["classify", "--classifier", "none.pth", "hi"], "none.pth is not a classifier; make one with"),
+    (["train", "--context-length", 0], "context_length must be longest, model or a number from 1"),
+    (["classify"], "give either texts or --input"),
+    (["classify", "--classifier", "none.pth", "hi"], "none.pth is not a classifier"),
     (["classify", "--classifier", BUNDLED[0], "hi"], "is not a classifier"),
 ])
 def test_bad_input_is_one_error_and_status_2(run, tmp_path, args, said):
     status, _, err = run(*(train_arguments(tmp_path, *args[1:]) if args[0] == "train" else args))
-    assert status == 2 and said in err
+    assert status == 2 and said in err and err.count("\n") == 1
+
+
+def test_an_unknown_option_is_an_error_with_status_2(capfd):
+    with pytest.raises(SystemExit, match="2"):
+        g.main(["train", "--lora-rnak", "4"])
+    assert "--lora-rnak" in capfd.readouterr().err
 
 
 def test_readme_and_script_headers_name_the_same_packages():
@@ -737,10 +1288,11 @@ def test_the_file_alone_runs(tmp_path):
 
 @pytest.mark.skipif(not os.environ.get("GPT_SPAM_ONLINE"), reason="downloads OpenAI's 124M: set GPT_SPAM_ONLINE=1")
 def test_numbers_printed_in_the_chapter(run, tmp_path):
-    _, out, err = run("train", "--model", "124M", "--data", "sms", "--device", "cpu", "--metrics", tmp_path / "m.json")
+    path = tmp_path / "m.json"
+    _, out, err = run("train", "--model", "124M", "--data", "sms", "--device", "cpu", "--metrics", path)
     assert "forward.\\n\\nThe first step is to understand the importance of your work" in out, err
     assert "accuracy 46.25% / 45.00% / 48.75% (10 batches), loss 2.453 / 2.583 / 2.322" in out
-    metrics = json.loads((tmp_path / "m.json").read_text())
+    metrics = json.loads(path.read_text())
     assert (metrics["train_loss"][0], metrics["val_loss"][0]) == pytest.approx((2.153, 2.392), abs=6e-4)
     assert (metrics["train_loss"][12], metrics["val_loss"][12]) == pytest.approx((0.083, 0.074), abs=6e-4)
     assert [round(100 * accuracy, 2) for accuracy in metrics["final_accuracy"]] == [97.21, 97.32, 95.67]

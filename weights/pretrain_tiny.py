@@ -30,7 +30,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import gpt_spam  # noqa: E402
 
-CONFIG = gpt_spam.GPTConfig(vocab_size=4096, context_length=256, emb_dim=256, n_heads=8, n_layers=4, drop_rate=0.1)
+CONFIG = {"vocab_size": 4096, "context_length": 256, "emb_dim": 256, "n_heads": 8, "n_layers": 4, "drop_rate": 0.1,
+          "qkv_bias": True}
 # What suits this model when it is finetuned; kept in the .npz, where `train` finds it.
 FINETUNE = {"lr": 1e-3, "schedule": "linear"}
 NOT_A_TARGET = -100  # cross-entropy's ignore_index
@@ -138,7 +139,7 @@ def init_weights(model):
     """GPT-2's: normal with deviation 0.02, less where a block adds to its shortcut; the head is tied."""
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            shrink = math.sqrt(2 * model.cfg.n_layers) if name.endswith(("out_proj.weight", "layers.2.weight")) else 1
+            shrink = math.sqrt(2 * model.cfg["n_layers"]) if name.endswith(("out_proj.weight", "layers.2.weight")) else 1
             torch.nn.init.normal_(p, std=0.02 / shrink)
         elif name.endswith("bias"):
             torch.nn.init.zeros_(p)
@@ -150,7 +151,7 @@ def make_batch(stream, messages, tokenizer, args, step):
 
     Depends on the step alone, so that a run that went on after a break equals one without.
     """
-    rng, tokens, rows = random.Random(f"{args.seed} {step}"), CONFIG.context_length, []
+    rng, tokens, rows = random.Random(f"{args.seed} {step}"), CONFIG["context_length"], []
     for row in range(args.batch_size):
         start = rng.randrange(len(stream) - tokens)
         rows.append(message_window(messages, tokenizer, tokens, rng) if row < args.message_rows
@@ -191,9 +192,10 @@ def main():
     args = parser.parse_args()
 
     documents, held_out = read_documents(args.texts)
-    (sample, sample_validation, _), labels, _ = gpt_spam.prepare_splits(gpt_spam.read_messages(args.sample))
+    (sample, sample_validation, _), _ = gpt_spam.prepare_splits(gpt_spam.read_messages(args.sample))
     frames = [*map(gpt_spam.read_messages, args.messages), sample]
-    messages = [[text for frame in frames for text in frame["Text"][frame["Label"] == label]] for label in labels]
+    messages = [[text for frame in frames for text in frame["Text"][frame["Label"] == label]]
+                for label in ("ham", "spam")]
     state_file = args.out.with_suffix(".state.pt")
     state = torch.load(state_file, weights_only=True) if state_file.exists() else None
     if state:
@@ -201,8 +203,8 @@ def main():
     else:
         print("training the tokenizer", flush=True)
         weighted = [(d, 1) for d in documents] + [(text, 3) for same in messages for text in same]
-        encoder, merges = train_bpe(weighted, CONFIG.vocab_size)
-    tokenizer = gpt_spam.build_tokenizer(encoder, merges)
+        encoder, merges = train_bpe(weighted, CONFIG["vocab_size"])
+    tokenizer = gpt_spam.build_tokenizer(encoder)
     validation = {"books": make_ids(held_out, tokenizer),
                   "messages": make_ids(sample_validation["Text"].tolist(), tokenizer)}
 
@@ -246,27 +248,27 @@ def main():
                 pace = (time.time() - started) / (step - first)
                 print(f"step {step}/{args.steps}: loss {loss:.3f}, {pace:.2f} s a step, "
                       f"{(args.steps - step) * pace / 60:.0f} min left", flush=True)
-        losses = {name: validate(model, ids, CONFIG.context_length) for name, ids in validation.items()}
+        losses = {name: validate(model, ids, CONFIG["context_length"]) for name, ids in validation.items()}
         print("validation " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items()), flush=True)
         with gpt_spam.atomic_write(state_file) as temporary:
             torch.save({"encoder": encoder, "merges": merges, "model": model.state_dict(), "step": step,
                         "optimizers": [optimizer.state_dict() for optimizer in optimizers]}, temporary)
 
     arrays = {name: p.numpy().astype(np.float16) for name, p in model.state_dict().items() if name != "out_head.weight"}
-    hparams = {"n_vocab": CONFIG.vocab_size, "n_ctx": CONFIG.context_length, "n_embd": CONFIG.emb_dim,
-               "n_head": CONFIG.n_heads, "n_layer": CONFIG.n_layers}
+    hparams = {"n_vocab": CONFIG["vocab_size"], "n_ctx": CONFIG["context_length"], "n_embd": CONFIG["emb_dim"],
+               "n_head": CONFIG["n_heads"], "n_layer": CONFIG["n_layers"]}
     texts = {"hparams.json": json.dumps(hparams), "encoder.json": encoder, "vocab.bpe": merges,
              "about.json": json.dumps({"name": "tiny", "finetune": FINETUNE})}
     arrays |= {name: np.frombuffer(text.encode(), np.uint8) for name, text in texts.items()}
     with gpt_spam.atomic_write(args.out) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **arrays)
-    loaded, _ = gpt_spam.load_pretrained(args.out)
+    loaded, _, _ = gpt_spam.load_pretrained(args.out)
     sha256 = hashlib.sha256(args.out.read_bytes()).hexdigest()
     print(f"{args.out}: {args.out.stat().st_size:,} bytes, SHA-256 {sha256}")
     for name, ids in validation.items():
-        loss = validate(loaded, ids, CONFIG.context_length)
+        loss = validate(loaded, ids, CONFIG["context_length"])
         print(f"validation loss on {name} {loss:.3f}, perplexity {math.exp(loss):.1f}")
-    print(f"{step * args.batch_size * CONFIG.context_length:,} tokens seen")
+    print(f"{step * args.batch_size * CONFIG['context_length']:,} tokens seen")
     state_file.unlink()
 
 
