@@ -12,9 +12,12 @@ Shapes: batch, tokens, emb = heads * head, vocab, classes.
 """
 
 import argparse
+import codecs
 import contextlib
 import gc
+import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -23,9 +26,10 @@ import shutil
 import sys
 import time
 import zipfile
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from itertools import islice, product
 from pathlib import Path
 
@@ -159,7 +163,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x):
         x = x.to(self.scale.dtype)
-        return F.layer_norm(x, self.scale.shape, self.scale, self.shift, eps=1e-5)
+        return F.layer_norm(x, self.scale.shape, self.scale, self.shift)  # eps is 1e-5, as in GPT-2
 
 
 class FeedForward(nn.Module):
@@ -168,8 +172,10 @@ class FeedForward(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         emb_dim = cfg["emb_dim"]
-        self.layers = nn.Sequential(  # GPT-2 was trained with the tanh approximation of GELU
-            nn.Linear(emb_dim, 4 * emb_dim), nn.GELU("tanh"), nn.Linear(4 * emb_dim, emb_dim))
+        self.layers = nn.Sequential(
+            nn.Linear(emb_dim, 4 * emb_dim),
+            nn.GELU("tanh"),  # the approximation that GPT-2 was trained with
+            nn.Linear(4 * emb_dim, emb_dim))
 
     def forward(self, x):
         return self.layers(x)
@@ -217,11 +223,11 @@ class GPTModel(nn.Module):
         return self.out_head(self.final_norm(x))
 
 
+@torch.no_grad()
 def generate_text_simple(model, idx, max_new_tokens, context_size):
     """Append the most likely next token `max_new_tokens` times: (batch, tokens) ids in and out."""
     for _ in range(max_new_tokens):
-        with torch.no_grad():
-            logits = model(idx[:, -context_size:])  # (batch, tokens, vocab)
+        logits = model(idx[:, -context_size:])  # (batch, tokens, vocab)
         idx_next = logits[:, -1, :].argmax(dim=-1, keepdim=True)
         idx = torch.cat((idx, idx_next), dim=1)
     return idx
@@ -321,11 +327,10 @@ def read_config(hparams_json):
 
 def build_tokenizer(encoder_json):
     """Return the tiktoken.Encoding of OpenAI's encoder.json, given as text."""
-    # It writes each byte as one printable character: itself, or 256 and up.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of.update((chr(256 + i), byte) for i, byte in enumerate(others))
+    # It writes each byte as one character: itself, or where that is not printable, 256 and up.
+    byte_of = {chr(byte): byte for byte in range(256)}
+    for i, byte in enumerate([*range(33), *range(127, 161), 173]):
+        byte_of[chr(256 + i)] = byte_of.pop(chr(byte))
 
     ids = json.loads(encoder_json)
     # Bytes, then merges in the order of vocab.bpe, which is thus not needed; last the end of text.
@@ -366,16 +371,15 @@ def convert_checkpoint(folder, path):
             our_names.setdefault(their_name, []).append(our_name)
 
         arrays = {}
-        for their_name in sorted(our_names):  # TensorFlow's Saver writes tensors sorted by name, without gaps
-            parts = our_names[their_name]
-            size = sum(state[name].numel() for name in parts)
-            array, data = data[:size], data[size:]
+        for their_name, parts in sorted(our_names.items()):  # as TensorFlow's Saver writes them, without gaps
+            shape = state[parts[0]].shape  # of each part
+            array, data = np.split(data, [len(parts) * shape.numel()])
             if not np.isfinite(array).all():
                 raise ValueError(f"{their_name} contains NaN or infinity")
             if their_name.endswith("/w"):  # (in, out) for x @ w there, (out, in) for x @ weight.T here
-                array = array.reshape(state[parts[0]].shape[1], -1).T
+                array = array.reshape(shape[1], -1).T
             for name, part in zip(parts, np.split(array, len(parts))):
-                arrays[name] = part.reshape(state[name].shape)
+                arrays[name] = part.reshape(shape)
 
     for name, text in texts.items():
         arrays[name] = np.frombuffer(text.encode(), np.uint8)
@@ -422,10 +426,11 @@ class LoRAWeight(nn.Module):
 
 
 def replace_linear_with_lora(model, rank, alpha):
-    """Add LoRA to every linear layer; freeze the model first."""
+    """Add LoRA to every linear layer; freeze the model first, and untie a head that shares the embedding."""
     for module in list(model.modules()):  # a list, as modules are added
         if isinstance(module, nn.Linear):
             lora = LoRAWeight(module.in_features, module.out_features, rank, alpha)
+            lora.to(module.weight.device)  # registering computes a weight
             parametrize.register_parametrization(module, "weight", lora)
 
 
@@ -484,7 +489,7 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
 
 
 def mean_over_processes(total, count):
-    """Return total / count, under torchrun each summed over all processes; 0 / 0 is NaN, as in the chapter."""
+    """Return total / count, under torchrun each summed over all processes; 0 / 0 is NaN, as in the book."""
     sums = torch.tensor([total, count], dtype=torch.float64)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(sums)
@@ -512,7 +517,7 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
     examples_seen, global_step = 0, -1
     optimizer.zero_grad()
     for epoch in range(num_epochs):
-        model.train()
+        model.train()  # dropout, if any, is on; where losses and accuracies are measured, eval() turns it off
         for batch_number, (input_batch, target_batch) in enumerate(train_loader, 1):
             loss = calc_loss_batch(input_batch, target_batch, model, device, loss_fn)
             global_step += 1
@@ -603,8 +608,7 @@ def prepare_splits(df, balance="auto", test=None):
         train, validation, test = random_split(df, 0.7, 0.1)
     else:
         check_labels(test, labels, "the test file")
-        train, validation, rest = random_split(df, 0.875, 0.125)  # 7 to 1, as above
-        validation = pd.concat([validation, rest])  # a message that rounding left over
+        train, _, validation = random_split(df, 0.875, 0)  # 7 to 1, as above
     class_weights = None
     if balance == "weights":
         counts = train["Label"].value_counts().reindex(labels, fill_value=1)
@@ -636,9 +640,11 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
         raise ValueError(f"the tokenizer has {tokenizer.n_vocab} tokens, the model {model.cfg['vocab_size']}")
     labels = sorted(set(pd.concat(splits)["Label"]))
     num_train, limit = len(splits[0]), model.cfg["context_length"]
-    if num_train < batch_size:
-        raise ValueError(f"--batch-size {batch_size} is more than {num_train} training messages")
     device, (rank, world_size) = torch.device(device), get_rank_and_world_size()
+    if num_train < batch_size:
+        raise ValueError(f"--batch-size {batch_size} is more than {num_train} balanced training messages")
+    if batch_size % world_size:
+        raise ValueError(f"--batch-size {batch_size} is not a multiple of {world_size} processes")
 
     # 6.3 Data sets; their loaders follow in 6.5, when it is known what is frozen
     named = {"longest": None, "model": limit}
@@ -650,10 +656,11 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
         max_length = dataset.max_length  # validation and test are cut and padded as training is
         datasets.append(list(dataset)[rank::world_size])
     if max_length > limit:
-        raise ValueError(f"{max_length} tokens, the model has 1 to {limit}; set --context-length")
+        raise ValueError(f"{max_length} tokens, the longest training message or --context-length, are more "
+                         f"than the model's {limit}; --context-length model cuts")
     datasets[0] = datasets[0][:num_train // world_size]  # as many in each process
 
-    # 6.4 Pretrained model: it continues English, but does not follow an instruction
+    # 6.4 Pretrained model: it continues text; without instruction finetuning it does not answer a question
     if weights == "random":
         torch.manual_seed(seed)
         model.load_state_dict(GPTModel(model.cfg).state_dict(), assign=True)
@@ -672,7 +679,8 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     model.trf_blocks[:num_frozen].to(getattr(torch, dtype))
     model.to(device)  # after all changes, as they make new parameters on the CPU
     trained = [p for p in model.parameters() if p.requires_grad]
-    num_trained, num_all = [sum(p.numel() for p in ps) for ps in (trained, model.parameters())]
+    num_trained = sum(map(torch.numel, trained))
+    num_all = sum(map(torch.numel, model.parameters()))
     print(f"Training {num_trained:,} of {num_all:,} parameters")
 
     num_cached = min(num_frozen, len(model.trf_blocks) - 1) if cache else 0
@@ -681,10 +689,9 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     label_logits = LabelLogits(model, token_pos, num_cached)
     if world_size > 1:
         label_logits = nn.parallel.DistributedDataParallel(label_logits, find_unused_parameters=True)
-    batch_size = max(1, batch_size // world_size)
-    train_loader = DataLoader(datasets[0], batch_size, shuffle=True, drop_last=True, collate_fn=collate)
-    val_loader, test_loader = [DataLoader(rows, batch_size, collate_fn=collate) for rows in datasets[1:]]
-    loaders = (train_loader, val_loader, test_loader)
+    batch_size //= world_size
+    loaders = [DataLoader(rows, batch_size, shuffle=train, drop_last=train, collate_fn=collate)
+               for rows, train in zip(datasets, (True, False, False))]
 
     # 6.6 Loss and accuracy before training
     loss_fn = nn.CrossEntropyLoss(class_weights).to(device)
@@ -699,17 +706,21 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
     scheduler = None
     if schedule == "linear":  # a tenth of the updates up, then down to 0
-        steps = epochs * math.ceil(len(train_loader) / accumulation_steps)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps), 1.0))
+        steps = epochs * math.ceil(len(loaders[0]) / accumulation_steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(
+            (step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps), 1.0))
     start_time = time.perf_counter()
     log = train_classifier_simple(
-        label_logits, train_loader, val_loader, optimizer, device, epochs, eval_freq, eval_iter, loss_fn,
+        label_logits, *loaders[:2], optimizer, device, epochs, eval_freq, eval_iter, loss_fn,
         accumulation_steps, scheduler)
     print(f"Training completed in {(time.perf_counter() - start_time) / 60:.2f} minutes.")
     results = dict(zip(("train_loss", "val_loss", "train_accuracy", "val_accuracy", "examples_seen"), log))
+    # The test split comes last and is for this number alone: settings are chosen by validation.
     results["final_accuracy"] = [calc_accuracy_loader(loader, label_logits, device) for loader in loaders]
-    print(f"Final: accuracy {joined(results['final_accuracy'])} (all batches)")
+    commonest = splits[0]["Label"].mode()[0]
+    baseline = (splits[2]["Label"] == commonest).mean()
+    print(f"Final accuracy, training / validation / test: {joined(results['final_accuracy'])}",
+          f"(always {commonest!r}: {baseline:.2%} of test)")
     merge_lora(model)
     return Classifier(model.eval(), tokenizer, labels, max_length, padding, token_pos), results
 
@@ -722,13 +733,14 @@ def joined(values, form=".2%"):
 def check_settings(settings):
     """Raise ValueError for a setting of `finetune` that cannot be."""
     for name, default in finetune.__kwdefaults__.items():
-        value, choices = settings[name], CHOICES.get(name, [settings[name]])
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        value = settings[name]
+        if value not in CHOICES.get(name, [value]):
+            raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
         if type(default) is int and name != "seed" and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if not re.fullmatch("longest|model|[1-9][0-9]*", str(settings["context_length"])):
-        raise ValueError(f"context_length must be longest, model or a number from 1, got {settings['context_length']!r}")
+    length = settings["context_length"]
+    if not re.fullmatch("longest|model|[1-9][0-9]*", str(length)):
+        raise ValueError(f"context_length must be longest, model or a number from 1, got {length!r}")
     reads_zeros = settings["token_pos"] == "mean" or not settings["causal_mask"]  # those that fill up a batch
     if reads_zeros and not settings["padding"] and settings["batch_size"] > 1:
         raise ValueError("--no-padding with --token-pos mean or --no-causal-mask requires --batch-size 1")
@@ -754,8 +766,9 @@ class Classifier:
 
     def classify(self, texts):
         """Return [(label, probability)] of a string, or of a list or column of strings."""
-        probabilities, numbers = self.predict(texts).max(dim=-1)
-        return [(self.labels[i], p) for i, p in zip(numbers.tolist(), probabilities.tolist())]
+        best = self.predict(texts).max(dim=-1)
+        labels = [self.labels[i] for i in best.indices]
+        return list(zip(labels, best.values.tolist()))
 
     def predict(self, texts):
         """Return probabilities (texts, labels) of a string, or of a list or column of strings."""
@@ -772,32 +785,38 @@ class Classifier:
         dataset = SpamDataset(frame, self.tokenizer, self.max_length, padding=self.padding)
         label_logits = LabelLogits(self.model.eval(), self.token_pos)
         reads_zeros = self.token_pos == "mean" or not self.model.cfg["causal"]
-        logits = run_in_batches(label_logits, dataset, self.model.tok_emb.weight.device, reads_zeros)
-        return torch.stack([torch.zeros(len(self.labels)), *logits])[1:].softmax(dim=-1)  # also of no text
+        rows = run_in_batches(label_logits, dataset, self.model.tok_emb.weight.device, reads_zeros)
+        logits = torch.stack([torch.zeros(len(self.labels)), *rows])[1:]  # also of no text at all
+        return logits.softmax(dim=-1)
 
 
 def save_classifier(path, classifier):
     """Write a Classifier as one file that needs no other."""
     if not isinstance(classifier, Classifier):
         raise TypeError(f"expected a Classifier, as finetune returns it, got {classifier!r:.80}")
-    content, encoding = dict(vars(classifier)), classifier.tokenizer
-    content["config"] = classifier.model.cfg
-    content["model"] = {name: tensor.cpu() for name, tensor in classifier.model.state_dict().items()}
-    content["tokenizer"] = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+    model, encoding = classifier.model, classifier.tokenizer
+    content = vars(classifier) | {
+        "config": model.cfg,
+        "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        "tokenizer": [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]}
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         torch.save(content, file)
 
 
 def load_classifier(path, device="cpu", pretrained=None):
-    """Return a saved Classifier; of a state_dict of the chapter's code, `pretrained` is the .npz it came from."""
+    """Return a saved Classifier; for a state_dict of the chapter's code `pretrained` is its original .npz."""
     with reading(path, "a classifier of this version; make one with `python gpt_spam.py train`"):
+        with zipfile.ZipFile(path) as archive:  # torch.load does not check its checksums
+            if archive.testzip():
+                raise ValueError("damaged: a checksum is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if "tok_emb.weight" in content:
             if not pretrained:
                 raise ValueError("a plain state_dict contains no tokenizer; set --model")
             model, tokenizer, _ = load_pretrained(pretrained)
             state = {name: tensor for name, tensor in content.items() if not name.endswith("att.mask")}
-            content = {"labels": ["ham", "spam"], "max_length": 120, "about": {"note": " (padded to 120 tokens)"}}
+            about = {"note": " (padded to 120 tokens, as in the chapter)"}
+            content = {"labels": ["ham", "spam"], "max_length": 120, "about": about}
         else:
             model, state = GPTModel(content.pop("config")), content.pop("model")
             tokenizer = encoding_of(content.pop("tokenizer"))
@@ -831,16 +850,17 @@ class LabelLogits(nn.Module):
         self.model, self.token_pos, self.num_cached = model, token_pos, num_cached
 
     def forward(self, inputs, positions):
-        x, blocks = inputs, self.model.trf_blocks[self.num_cached:]
-        if not inputs.is_floating_point():
-            x, blocks = self.model.embed(inputs), self.model.trf_blocks
-        x = blocks[:-1](x)
+        model, blocks = self.model, self.model.trf_blocks
+        if inputs.is_floating_point():
+            x = blocks[self.num_cached:-1](inputs)
+        else:
+            x = blocks[:-1](model.embed(inputs))
         if self.token_pos == "mean":
-            logits = self.model.out_head(self.model.final_norm(blocks[-1](x)))  # (batch, tokens, classes)
+            logits = model.out_head(model.final_norm(blocks[-1](x)))  # (batch, tokens, classes)
             return logits.mean(dim=1)
         if self.token_pos == "first":
             positions = torch.zeros_like(positions)
-        return self.model.out_head(self.model.final_norm(last_block_at(blocks[-1], x, positions)))
+        return model.out_head(model.final_norm(last_block_at(blocks[-1], x, positions)))
 
 
 def last_block_at(block, x, positions):
@@ -870,18 +890,22 @@ def last_block_at(block, x, positions):
 
 
 @torch.no_grad()
-def run_in_batches(function, items, device, one_by_one=False):
+def run_in_batches(function, items, device, equal_lengths):
     """Return function(inputs, positions) of each of the (ids, label) items; a batch holds similar lengths."""
     max_tokens = 2048 if device.type == "cpu" else 16384  # small: fits a CPU's cache
     rows = sorted(range(len(items)), key=lambda row: len(items[row][0]))
     outputs = [None] * len(rows)
-    with tqdm(total=len(rows), leave=False, disable=None) as progress:
-        while rows:
-            size = 1 if one_by_one else max(1, max_tokens // len(items[rows[-1]][0]))
-            batch, rows = rows[-size:], rows[:-size]
-            inputs, _ = collate([items[row] for row in batch])
-            for row, output in zip(batch, function(*[tensor.to(device) for tensor in inputs]).cpu()):
-                outputs[row] = output
+    with tqdm(total=len(rows), leave=False, disable=None, delay=1) as progress:
+        while rows:  # the longest first
+            longest = len(items[rows[-1]][0])
+            batch = rows[-max(1, max_tokens // longest):]
+            if equal_lengths:
+                batch = [row for row in batch if len(items[row][0]) == longest]
+            rows = rows[:-len(batch)]
+            (inputs, positions), _ = collate([items[row] for row in batch])
+            results = function(inputs.to(device), positions.to(device)).cpu()
+            for row, result in zip(batch, results):
+                outputs[row] = result
             progress.update(len(batch))
     return outputs
 
@@ -890,7 +914,8 @@ def cache_hidden_states(model, datasets, num_cached, device):
     """Return `datasets` as lists of (hidden states (tokens, emb), label): the frozen blocks' output."""
     blocks = model.eval().trf_blocks[:num_cached]
     items = [item for dataset in datasets for item in dataset]
-    size = sum(len(ids) for ids, _ in items) * model.cfg["emb_dim"] * blocks[0].norm1.scale.itemsize
+    num_tokens = sum(len(ids) for ids, _ in items)
+    size = num_tokens * model.cfg["emb_dim"] * blocks[0].norm1.scale.itemsize
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
         print(f"Not cached: {size / 1e6:,.0f} MB, over half of the memory")
         return datasets
@@ -899,8 +924,9 @@ def cache_hidden_states(model, datasets, num_cached, device):
     def frozen(ids, positions):
         return blocks(model.embed(ids))  # (batch, tokens, emb)
 
-    outputs = iter(run_in_batches(frozen, items, device, not model.cfg["causal"]))
-    return [[(next(outputs)[:len(ids)].clone(), label) for ids, label in dataset] for dataset in datasets]
+    outputs = run_in_batches(frozen, items, device, equal_lengths=not model.cfg["causal"])
+    cached = iter([(states[:len(ids)].clone(), label) for states, (ids, label) in zip(outputs, items)])
+    return [list(islice(cached, len(dataset))) for dataset in datasets]
 
 
 # %%
@@ -908,8 +934,9 @@ def cache_hidden_states(model, datasets, num_cached, device):
 
 def calc_metrics(true, predicted, names):
     """Return accuracy, precision, recall, F1 and support by class, and the confusion matrix."""
-    confusion = pd.crosstab(np.array(true), np.array(predicted))
-    confusion = confusion.reindex(index=names, columns=names, fill_value=0)
+    pairs = Counter(zip(true, predicted))
+    counts = [[pairs[row, column] for column in names] for row in names]
+    confusion = pd.DataFrame(counts, names, names)
     right, support, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum()
     table = pd.DataFrame({"precision": right / guessed, "recall": right / support,
                           "f1": 2 * right / (guessed + support), "support": support})
@@ -926,6 +953,15 @@ def get_rank_and_world_size():
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def start_processes():
+    """Join the other processes of torchrun; only the first one prints."""
+    torch.distributed.init_process_group(timeout=timedelta(days=1))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if torch.distributed.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
 def on_first_process(function, *args):
     """Return function(*args), which only the first process runs; the others wait for its result."""
     rank, world_size = get_rank_and_world_size()
@@ -938,41 +974,85 @@ def on_first_process(function, *args):
 # %%
 # ---- Files: tables of texts, download, atomic write ----
 
-def read_messages(path, text_column=None, label_column=None):
+JSON_START = r'\s*(\[\s*)?\{\s*"'  # JSON lines, or an array of objects
+UCI_START = ("ham\t", "spam\t")  # the collection has no header
+
+
+def read_messages(path, text_column=None, label_column=None, encoding=None):
     """Return a table's labelled texts as a frame of strings: Label, Text."""
-    table = read_table(path)
-    df = pd.DataFrame({"Label": pick_column(table, "label", label_column, path),
+    table = read_table(path, encoding)
+    df = pd.DataFrame({"Label": pick_column(table, "label", label_column, path).str.strip(),
                        "Text": pick_column(table, "text", text_column, path)})
-    unlabelled = df["Label"] == ""
-    if unlabelled.any():
-        raise ValueError(f"message {unlabelled.argmax() + 1} of {path} has no label")
+    unlabelled = df["Text"][df["Label"] == ""].tolist()
+    if unlabelled:
+        raise ValueError(f"{len(unlabelled)} of {len(df)} messages in {path} have no label, first "
+                         f"{unlabelled[0]!r:.60}; label or delete them")
+    num_empty = (df["Text"].str.strip() == "").sum()
+    if num_empty > 0:
+        note(f"{num_empty} of {len(df)} texts in {path} are empty")
+    labels = df["Label"].unique()
+    if df["Label"].str.lower().nunique() < len(labels):
+        note(f"labels of {path} differ in case only: {', '.join(sorted(labels))}")
     return df
 
 
-def read_table(path):
-    """Read UCI's form (ham or spam, a tab, the text), CSV, TSV or JSON lines."""
+def read_table(path, encoding=None):
+    """Read a table of texts: UCI's form, CSV (comma, semicolon, tab), JSON lines or a JSON array."""
     with reading(path, "a table of texts"):
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            start = file.readline()
-        if start.startswith("{"):
-            return pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig", encoding_errors="replace")
+        text = read_text(path, encoding)
+        if re.match(JSON_START, text):
+            lines = not text.lstrip().startswith("[")
+            return pd.read_json(io.StringIO(text), lines=lines, dtype=False)
+        header, _, _ = text.partition("\n")
         # Default quoting, as in the chapter, merges some of UCI's messages: 5,572 rows, not 5,574.
-        names = ["label", "text"] if start.startswith(("ham\t", "spam\t")) else None
-        df = pd.read_csv(path, sep="\t" if "\t" in start else ",", names=names, dtype=str, keep_default_na=False,
-                         encoding_errors="replace")
+        names = ["label", "text"] if header.startswith(UCI_START) else None
+        separator = "\t" if names else max("\t;,", key=header.count)
+        df = pd.read_csv(
+            io.StringIO(text), sep=separator, names=names, dtype=str, keep_default_na=False)
         if not isinstance(df.index, pd.RangeIndex):
             raise ValueError("its rows have more fields than its header; quote the texts")
         return df
 
 
+def read_text(path, encoding=None):
+    """Return the content of a text file, gzipped or not, or of "-", standard input."""
+    content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        content = gzip.decompress(content)
+    return content.decode(encoding or guess_encoding(content, path))
+
+
+def guess_encoding(content, path):
+    """Return UTF-16 where a byte order mark says so, else UTF-8, else, with a note, Windows-1252."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if b"\0" in content:
+        raise ValueError("a binary file, such as Excel, zip or Parquet; export it as CSV in UTF-8")
+    try:
+        content.decode("utf-8")
+        return "utf-8-sig"
+    except UnicodeDecodeError:
+        note(f"{path} is not UTF-8; it is read as Windows-1252 (--encoding names another)")
+        return "cp1252"
+
+
 def pick_column(df, kind, name, path):
     """Return column `name` (default: `kind`; case is ignored) of a frame read from `path`, as strings."""
     name = name or kind
-    columns = {str(column).lower(): column for column in df.columns}
+    columns = {str(column).strip().lower(): column for column in df.columns}
     if name.lower() not in columns:
-        found = str(list(df.columns))[:200]
-        raise ValueError(f"no column {name!r} in {path} (columns: {found}); set --{kind}-column")
+        found = ", ".join(f"{column!r:.40}" for column in df.columns)
+        raise ValueError(f"no column {name!r} in {path}; its first line, taken as the header, has {found}; "
+                         f"set --{kind}-column")
     return df[columns[name.lower()]].fillna("").astype(str)
+
+
+@cache
+def note(text):
+    """Say on stderr, once and in the first process, what is not an error but may be wrong."""
+    rank, _ = get_rank_and_world_size()
+    if rank == 0:
+        print(f"gpt_spam: note: {text}", file=sys.stderr)
 
 
 def download(urls, path, check):
@@ -1008,7 +1088,8 @@ def download(urls, path, check):
             part.unlink()
             failures[url] = f"{url}: {error}"
     failed = ", ".join(failures.values())
-    raise error_type(f"cannot download {path.name} ({failed}); save it as {path} by hand")
+    raise error_type(f"cannot download {path.name} ({failed}); save it as {path} by hand, "
+                     "or use what is in the repository: --model tiny --data sample")
 
 
 def check_sha256(path, expected):
@@ -1050,7 +1131,7 @@ def reading(path, what):
 HERE = Path(__file__).resolve().parent
 TINY, SAMPLE = HERE / "weights" / "tiny.npz", HERE / "data" / "sample_sms.tsv"
 CLASSIFIER_FILE = "spam_classifier.pth"
-ABOUT = ("test_data", "text_column", "label_column", "balance")  # with these `evaluate` finds the test split
+ABOUT = ("test_data", "text_column", "label_column", "encoding", "balance")  # where the test split comes from
 
 
 def find_model(args):
@@ -1060,15 +1141,18 @@ def find_model(args):
     if args.model.endswith(".npz"):
         return Path(args.model)
     if args.model not in ("auto", *MODEL_SIZES):
+        if not Path(args.model).is_dir():
+            raise ValueError(f"no model {args.model!r}: {', '.join(MODEL_SIZES)}, tiny, an .npz or a folder")
         path = args.weights_dir / f"folder-{Path(args.model).name}.npz"
         convert_checkpoint(args.model, path)
         return path
     try:
         size = args.model.replace("auto", "124M")
         return download_gpt2(size, args.weights_dir, args.mirror, args.verify)
-    except ConnectionError:
-        if args.model != "auto":
+    except ConnectionError as error:
+        if args.model != "auto" or args.mirror or not TINY.exists():
             raise
+        note(f"{error}; the bundled model is used instead")
         return TINY
 
 
@@ -1084,18 +1168,21 @@ def find_data(args):
         download_and_unzip_spam_data(
             urls, archive, args.data_dir, path, DATA_SHA256 if args.verify else None)
         return path
-    except ConnectionError:
-        if args.data != "auto":
+    except ConnectionError as error:
+        if args.data != "auto" or args.mirror or not SAMPLE.exists():
             raise
+        note(f"{error}; the bundled messages are used instead")
         return SAMPLE
 
 
 def pick_device(name):
     """Return the device; "auto": cuda or mps, else cpu."""
     best = torch.accelerator.current_accelerator(True) or torch.device("cpu")
-    if name.split(":")[0] not in ("auto", "cpu", best.type):
+    if name == "auto":
+        return best
+    if not re.fullmatch(rf"(cpu|{best.type})(:\d+)?", name):
         raise ValueError(f"no device {name!r} here; use cpu or auto")
-    return best if name == "auto" else torch.device(name)
+    return torch.device(name)
 
 
 # %%
@@ -1126,12 +1213,12 @@ EXPERIMENTS = """95.00
 
 def open_model(args):
     """Return (file, GPTModel, tokenizer, finetune's settings) of --model and the options that change them."""
+    chapter = finetune.__kwdefaults__
+    given = {name: value for name, value in vars(args).items() if name in chapter}
+    check_settings(chapter | given)
     path = on_first_process(find_model, args)
     model, tokenizer, suited = load_pretrained(path)
-    settings = finetune.__kwdefaults__ | suited
-    settings.update((name, value) for name, value in vars(args).items() if name in settings)
-    check_settings(settings)
-    return path, model, tokenizer, settings
+    return path, model, tokenizer, chapter | suited | given
 
 
 def open_data(args):
@@ -1139,42 +1226,60 @@ def open_data(args):
     if args.test_data:
         args.test_data = os.path.abspath(args.test_data)
     path = on_first_process(find_data, args)
-    columns = (args.text_column, args.label_column)
-    test = read_messages(args.test_data, *columns) if args.test_data else None
-    return path, read_messages(path, *columns), test
+    how = (args.text_column, args.label_column, args.encoding)
+    test = read_messages(args.test_data, *how) if args.test_data else None
+    return path, read_messages(path, *how), test
 
 
 def cmd_train(args):
-    """Finetune GPT-2 on labelled messages and save the classifier."""
+    """Finetune GPT-2 on labelled messages and save the classifier.
+
+    python gpt_spam.py train --model tiny --data sms --no-padding
+    python gpt_spam.py train --data reviews.csv --text-column review --label-column stars --out reviews.pth
+    """
     out = Path(args.out or args.weights_dir / CLASSIFIER_FILE)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise OSError(f"cannot write {out}")
+    split_files = [args.data_dir / f"{name}.csv" for name in ("train", "validation", "test")]
+    plot_files = [Path(args.plot, f"{name}-plot.png") for name in ("loss", "accuracy") if args.plot]
+    metrics_files = [Path(args.metrics)] if args.metrics else []
+    check_outputs([out, *split_files, *plot_files, *metrics_files], [args.data, args.test_data])
     data_file, df, test = open_data(args)
     model_file, model, tokenizer, settings = open_model(args)
-    note = " (bundled model, not GPT-2)" if model_file.resolve() == TINY else ""
+    bundled = " (bundled model, not GPT-2)" if model_file.resolve() == TINY else ""
     if data_file.resolve() == SAMPLE:
-        note += " (trained on invented SMS)"
+        bundled += " (trained on invented SMS)"
     print(f"Model {os.path.relpath(model_file)}, data {os.path.relpath(data_file)},",
-          f"device {args.device}{note}")
+          f"device {args.device}{bundled}")
     chapter = finetune.__kwdefaults__
-    changes = [f"{name} {value}" for name, value in settings.items() if value != chapter[name]]
+    changed = [name for name, value in settings.items() if value != chapter[name]]
+    changes = [f"{name} {settings[name]}" for name in changed if name in vars(args)]
+    suited = [f"{name} {settings[name]}" for name in changed if name not in vars(args)]
     print("Changed from the chapter:", ", ".join(changes) or "nothing")
+    if suited:
+        print("Settings of the bundled model:", ", ".join(suited))
 
     splits, class_weights = prepare_splits(df, args.balance, test)
-    rank, _ = get_rank_and_world_size()
-    if rank == 0:
-        save_splits(splits, args.data_dir, [data_file, args.test_data])
+    counts = [f"{label} {count:,}" for label, count in df["Label"].value_counts().items()]
     print(f"Training / validation / test: {joined(map(len, splits), ',')} messages,",
-          "labels", *sorted(df["Label"].unique()))
+          f"of these labels: {', '.join(counts)}")
+    if len(splits[2]) < 100:
+        note(f"only {len(splits[2])} test messages: each is {1 / len(splits[2]):.1%} of the accuracy")
     classifier, results = finetune(model, tokenizer, splits, class_weights, args.device, **settings)
+    rank, _ = get_rank_and_world_size()
     if rank > 0:
         return
-    if note:
-        print(f"Note:{note}")
+    if bundled:
+        print(f"Note:{bundled}")
+    labels = classifier.labels
+    if len(labels) > 2:
+        predicted = [label for label, _ in classifier.classify(splits[2]["Text"])]
+        _, table, _ = calc_metrics(splits[2]["Label"], predicted, labels)
+        print(table.round(4).to_string())
     classifier.about = settings | {name: vars(args)[name] for name in ABOUT}
-    classifier.about |= {"model": str(model_file), "data": os.path.abspath(data_file), "note": note}
+    classifier.about |= {"model": str(model_file), "data": os.path.abspath(data_file), "note": bundled}
     save_classifier(out, classifier)
+    for path, split in zip(split_files, splits):
+        with atomic_write(path) as temporary:
+            split.to_csv(temporary, index=False)
     for true_label, text in (("spam", SPAM_MESSAGE), ("ham", HAM_MESSAGE)):
         [(label, probability)] = classifier.classify(text)
         print(f"{label}  {probability:.4f}  {text}  (true label: {true_label})")
@@ -1182,34 +1287,34 @@ def cmd_train(args):
     if args.metrics:
         with atomic_write(args.metrics) as temporary:
             temporary.write_text(json.dumps(results | classifier.about, indent=2) + "\n")
-    if args.plot:
-        save_plots(results, settings["epochs"], Path(args.plot))
-
-
-def save_splits(splits, folder, sources):
-    """Write the chapter's train.csv, validation.csv and test.csv, but over none of `sources`."""
-    paths = [folder / f"{name}.csv" for name in ("train", "validation", "test")]
-    for path, source in product(paths, sources):
-        if path.resolve() == Path(source or "").resolve():
-            raise ValueError(f"a split would overwrite {path}; set --data-dir")
-    for path, split in zip(paths, splits):
-        with atomic_write(path) as temporary:
-            split.to_csv(temporary, index=False)
-
-
-def save_plots(results, epochs, folder):
-    """Write loss-plot.png and accuracy-plot.png."""
-    for name, first_epoch in (("loss", 0), ("accuracy", 1)):  # a loss before any update, accuracies after
+    for path, name, first_epoch in zip(plot_files, ("loss", "accuracy"), (0, 1)):  # accuracies: after epochs
         train_values, val_values = results[f"train_{name}"], results[f"val_{name}"]
-        epochs_seen = np.linspace(first_epoch, epochs, len(train_values))
-        examples_seen = epochs_seen / epochs * results["examples_seen"]
+        epochs_seen = np.linspace(first_epoch, settings["epochs"], len(train_values))
+        examples_seen = epochs_seen / settings["epochs"] * results["examples_seen"]
         figure = plot_values(epochs_seen, examples_seen, train_values, val_values, name)
-        with atomic_write(folder / f"{name}-plot.png") as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png")
 
 
+def check_outputs(outputs, inputs):
+    """Raise an error now, not after the training, if a file cannot be written; name what will be replaced."""
+    for path in outputs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise OSError(f"cannot write {path}")
+        if path.resolve() in [Path(source or "").resolve() for source in inputs]:
+            raise ValueError(f"{path} would be overwritten; set --data-dir")
+    replaced = [os.path.relpath(path) for path in outputs if path.is_file()]
+    if replaced:
+        note(f"this replaces {', '.join(replaced)}")
+
+
 def cmd_experiments(args):
-    """Run the book's experiments; print the published accuracy beside ours."""
+    """Run the book's experiments; print the published accuracy beside ours.
+
+    python gpt_spam.py experiments --model tiny --data sms > table.md
+    python gpt_spam.py experiments --rows 1 6
+    """
     _, df, test = open_data(args)
     balanced = set(df["Label"]) == {"ham", "spam"}
     if balanced:  # the book's script shuffles once more than the chapter
@@ -1228,57 +1333,94 @@ def cmd_experiments(args):
 
 
 def open_classifier(args):
-    """Return the Classifier of --classifier; columns that are not named are those of its training."""
-    path, pretrained = args.classifier or args.weights_dir / CLASSIFIER_FILE, None
-    if args.model != "auto":  # what a plain state_dict was finetuned from
-        pretrained = find_model(args)
-    classifier = load_classifier(path, args.device, pretrained)
-    args.text_column = args.text_column or classifier.about.get("text_column")
-    return classifier
+    """Return the Classifier of --classifier; --model is what a plain state_dict was finetuned from."""
+    pretrained = find_model(args) if args.model != "auto" else None
+    return load_classifier(args.classifier or args.weights_dir / CLASSIFIER_FILE, args.device, pretrained)
 
 
 def cmd_evaluate(args):
-    """Measure a classifier on its own test split, or on all of --data."""
+    """Measure a classifier on its own test split, or on all of --data.
+
+    python gpt_spam.py evaluate
+    python gpt_spam.py evaluate --data data/hard_sms.tsv
+    """
     classifier = open_classifier(args)
-    about, own = classifier.about, args.data == "auto"
-    args.test_data = None
+    labels, about = classifier.labels, classifier.about
+    for name in ("text_column", "label_column", "encoding"):
+        setattr(args, name, getattr(args, name) or about.get(name))
+    args.test_data, own = None, args.data == "auto"
     if own:
-        args.data, args.test_data = about["data"], about["test_data"]
-    args.label_column = args.label_column or about.get("label_column")
+        args.data, args.test_data = about.get("data", "auto"), about.get("test_data")
     path, df, test = open_data(args)
     if own:
-        (_, _, df), _ = prepare_splits(df, about["balance"], test)
-    check_labels(df, classifier.labels, path)
+        (_, _, df), _ = prepare_splits(df, about.get("balance", "auto"), test)
+        path = args.test_data or path
+    check_labels(df, labels, path)
     predicted = [label for label, _ in classifier.classify(df["Text"])]
-    accuracy, table, confusion = calc_metrics(df["Label"], predicted, classifier.labels)
+    accuracy, table, confusion = calc_metrics(df["Label"], predicted, labels)
     part = "test split" if own else "all"
     print(f"{os.path.relpath(path)}, {part}: {len(df):,} messages,",
-          f"accuracy {accuracy:.2%}{about.get('note', '')}\n")
-    print(f"{table.round(4)}\n\nConfusion matrix (row: true, column: predicted)\n{confusion}")
-
-
-def read_texts(path, text_column=None, rows=4096):
-    """Yield lists of texts: a column of a .csv, .tsv or .jsonl, else lines of a file or of "-"."""
-    if path.lower().endswith((".csv", ".tsv", ".jsonl")):
-        texts = iter(pick_column(read_table(path), "text", text_column, path))
+          f"accuracy {accuracy:.2%}{about.get('note', '')}\n\n{table.round(4).to_string()}\n")
+    if len(labels) > 20:
+        errors = confusion.stack().sort_values(ascending=False)
+        errors = errors[[true != guess for true, guess in errors.index]][:20]
+        print(f"Most frequent errors (true, predicted)\n{errors.to_string()}")
     else:
-        lines = open(0 if path == "-" else path, encoding="utf-8-sig", errors="replace")  # 0: standard input
-        texts = (line.rstrip("\n") for line in lines if line.strip())
-    while chunk := list(islice(texts, rows)):
-        yield chunk
+        print(f"Confusion matrix (row: true, column: predicted)\n{confusion.to_string()}")
+
+
+def read_texts(path, text_column, trained_column, encoding):
+    """Yield lists of texts: of a table, of the lines of another file, or of standard input as they come."""
+    if path == "-" and not text_column:
+        yield from read_lines(sys.stdin.buffer, encoding)
+        return
+    with reading(path, "a file of texts"):
+        text = read_text(path, encoding)
+    column = text_column or trained_column or "text"
+    header, _, _ = text.replace('"', "").lower().partition("\n")
+    known = column.lower() in map(str.strip, re.split("[\t;,]", header))
+    texts = lines_of(text)
+    named = re.search(r"\.(csv|tsv|jsonl?)(\.gz)?$", path.lower())
+    if text_column or named or known or text.startswith(UCI_START) or re.match(JSON_START, text):
+        note(f"{path} is read as a table, column {column!r}")
+        texts = pick_column(read_table(path, encoding), "text", column, path).tolist()
+    for start in range(0, len(texts), 4096):
+        yield texts[start:start + 4096]
+
+
+def read_lines(stream, encoding):
+    """Yield lists of those lines of a byte stream that have arrived."""
+    rest = b""
+    while chunk := stream.read1(1 << 20):
+        whole, _, rest = (rest + chunk).rpartition(b"\n")
+        yield lines_of(whole.decode(encoding or guess_encoding(whole, "standard input")))
+    yield lines_of(rest.decode(encoding or guess_encoding(rest, "standard input")))
+
+
+def lines_of(text):
+    """Return the lines of a text that are not empty."""
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 def cmd_classify(args):
-    """Print label and probability of each TEXT or non-empty input line."""
-    if bool(args.texts) == bool(args.input):
-        raise ValueError("give either texts or --input FILE (- for standard input)")
+    """Print label and probability of each TEXT, or of the texts in --input or standard input.
+
+    python gpt_spam.py classify --by-token "You won a prize!" "See you at seven"
+    tail -f messages.txt | python gpt_spam.py classify --threshold 0.9
+    """
+    if args.texts and args.input:
+        raise ValueError("give texts or --input FILE, not both")
     classifier = open_classifier(args)
     labels = classifier.labels
     if not 0 <= args.threshold <= 1 or args.threshold != 0.5 and len(labels) != 2:
         raise ValueError(f"--threshold needs 0 to 1 and two labels, got {args.threshold} and {len(labels)}")
     for text in filter(os.path.isfile, args.texts):
-        print(f"note: {text!r} is taken as a text; --input reads a file", file=sys.stderr)
-    for texts in read_texts(args.input, args.text_column) if args.input else [args.texts]:
+        note(f"{text!r} is taken as a text; --input reads a file")
+    chunks = [args.texts]
+    if not args.texts:
+        trained_column = classifier.about.get("text_column")
+        chunks = read_texts(args.input or "-", args.text_column, trained_column, args.encoding)
+    for texts in filter(None, chunks):
         probabilities = classifier.predict(texts)
         best = probabilities.argmax(dim=-1)
         if len(labels) == 2:
@@ -1335,7 +1477,7 @@ train evaluate experiments: data
 --label-column: name of the column of labels; without: label
 
 classify: texts
---input: .csv, .tsv, .jsonl or lines; -: lines of standard input
+--input: a table or lines of text; without TEXT and --input, lines of standard input
 --by-token: show the probability after each token, too
 --threshold: answer the second of two labels from this probability on
 
@@ -1347,6 +1489,7 @@ train classify evaluate experiments: model and files
 --mirror: URL of a server with OpenAI's and UCI's paths
 --verify: check the SHA-256 of downloads
 --text-column: name of the column of texts; without: text
+--encoding: of text files that are neither UTF-8, UTF-16 nor Windows-1252
 
 train: results
 --out: file of the classifier; without: WEIGHTS_DIR/spam_classifier.pth
@@ -1368,7 +1511,10 @@ def build_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND")
     for run in (cmd_train, cmd_classify, cmd_evaluate, cmd_experiments):
-        command = commands.add_parser(run.__name__[4:], help=run.__doc__, description=run.__doc__)
+        text, _, examples = run.__doc__.partition("\n\n")
+        command = commands.add_parser(
+            run.__name__[4:], help=text, description=text, epilog=f"examples:\n{examples.rstrip()}",
+            formatter_class=argparse.RawDescriptionHelpFormatter)
         command.set_defaults(run=run)
         for names, title, lines in re.findall(r"(.+): (.+)\n((?:--.+\n)+)", OPTIONS):
             if run.__name__[4:] in names:
@@ -1402,24 +1548,26 @@ def main(argv=None):
     if not hasattr(args, "run"):
         parser.print_help()
         return 0
-    if torch.distributed.is_torchelastic_launched():  # by torchrun
-        torch.distributed.init_process_group(timeout=timedelta(days=1))
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        if torch.distributed.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
     try:
+        if torch.distributed.is_torchelastic_launched():  # by torchrun
+            start_processes()
         args.device, args.argv = pick_device(args.device), argv or sys.argv[1:]
         args.run(args)
+        return 0
     except BrokenPipeError:  # such as `classify ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, ImportError) as error:
+        rank, _ = get_rank_and_world_size()
+        time.sleep(3 * rank)  # the first process's line is enough: the launcher then ends the others
         print(f"gpt_spam: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    finally:
+        if torch.distributed.is_initialized():
+            gc.collect()  # else objects that still hold the group end the interpreter with SIGABRT
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
