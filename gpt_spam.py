@@ -815,7 +815,7 @@ def load_classifier(path, device="cpu", pretrained=None):
                 raise ValueError("a plain state_dict contains no tokenizer; set --model")
             model, tokenizer, _ = load_pretrained(pretrained)
             state = {name: tensor for name, tensor in content.items() if not name.endswith("att.mask")}
-            about = {"note": " (padded to 120 tokens, as in the chapter)"}
+            about = {"data": "sms", "note": " (padded to 120 tokens, as in the chapter)"}
             content = {"labels": ["ham", "spam"], "max_length": 120, "about": about}
         else:
             model, state = GPTModel(content.pop("config")), content.pop("model")
@@ -1349,8 +1349,10 @@ def cmd_evaluate(args):
     for name in ("text_column", "label_column", "encoding"):
         setattr(args, name, getattr(args, name) or about.get(name))
     args.test_data, own = None, args.data == "auto"
+    if own and "data" not in about:
+        raise ValueError("the classifier does not say what it was trained on; set --data")
     if own:
-        args.data, args.test_data = about.get("data", "auto"), about.get("test_data")
+        args.data, args.test_data = about["data"], about.get("test_data")
     path, df, test = open_data(args)
     if own:
         (_, _, df), _ = prepare_splits(df, about.get("balance", "auto"), test)

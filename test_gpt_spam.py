@@ -991,6 +991,12 @@ def test_evaluate_measures_on_the_test_split_or_on_any_table(trained, use, tmp_p
     assert "['eggs']" in use("evaluate", "--data", tmp_path / "o.csv")[2]
 
 
+def test_evaluate_asks_for_data_where_training_left_no_trace(classifier, run, tmp_path):
+    g.save_classifier(tmp_path / "c.pth", classifier)
+    status, _, err = run("evaluate", "--classifier", tmp_path / "c.pth", "--device", "cpu")
+    assert status == 2 and "set --data" in err
+
+
 def test_classify_prints_label_probability_and_text(use):
     assert re.fullmatch(r"((ham|spam)\t[01]\.\d{4}\t.*\n){2}", use("classify", "hello there", "")[1])
     answers = [use("classify", "--threshold", threshold, "hello")[1].split()[0] for threshold in (0, 1)]
