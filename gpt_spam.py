@@ -668,10 +668,8 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     for block in model.trf_blocks:
         block.att.causal = causal_mask
     model.to(device).eval()
-    for prompt, max_new_tokens in (("Every effort moves you", 15), (SPAM_PROMPT, 23)):
-        idx = text_to_token_ids(prompt, tokenizer).to(device)
-        idx = generate_text_simple(model, idx, max_new_tokens, limit)
-        print(f"Continuation of {prompt!r}: {token_ids_to_text(idx, tokenizer)[len(prompt):]!r}")
+    print_continuation("Every effort moves you", model, tokenizer, max_new_tokens=15)
+    print_continuation(SPAM_PROMPT, model, tokenizer, max_new_tokens=23)
 
     # 6.5 Classification head
     add_classification_head(model, len(labels), trainable_layers, lora_rank, lora_alpha, seed)
@@ -682,6 +680,8 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     num_trained = sum(map(torch.numel, trained))
     num_all = sum(map(torch.numel, model.parameters()))
     print(f"Training {num_trained:,} of {num_all:,} parameters")
+    outputs = model(text_to_token_ids("Do you have time", tokenizer).to(device))  # (1, tokens, classes)
+    print(f"New head on 'Do you have time': {tuple(outputs.shape)}, last token {outputs[0, -1].tolist()}")
 
     num_cached = min(num_frozen, len(model.trf_blocks) - 1) if cache else 0
     if num_cached:
@@ -723,6 +723,13 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
           f"(always {commonest!r}: {baseline:.2%} of test)")
     merge_lora(model)
     return Classifier(model.eval(), tokenizer, labels, max_length, padding, token_pos), results
+
+
+def print_continuation(prompt, model, tokenizer, max_new_tokens):
+    """Let the pretrained model continue a text."""
+    idx = text_to_token_ids(prompt, tokenizer).to(model.tok_emb.weight.device)
+    idx = generate_text_simple(model, idx, max_new_tokens, model.cfg["context_length"])
+    print(f"Continuation of {prompt!r}: {token_ids_to_text(idx, tokenizer)[len(prompt):]!r}")
 
 
 def joined(values, form=".2%"):
