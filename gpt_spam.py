@@ -59,7 +59,7 @@ DATA_SHA256 = "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"
 def download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path, sha256=DATA_SHA256):
     """Fetch the SMS Spam Collection (UCI, id 228) from `url`, or from several in turn, unless it is there.
 
-    Nothing is written to `extracted_path`, the chapter's folder: the one table goes to `data_file_path`.
+    Only `data_file_path` is written, where the chapter unpacks everything into `extracted_path`.
     """
     if Path(data_file_path).exists():
         return
@@ -85,7 +85,10 @@ def create_balanced_dataset(df):
 
 
 def random_split(df, train_frac, validation_frac):
-    """Shuffle (seed 123) and cut into training, validation and test frames: 1,045, 149 and 300 of UCI's."""
+    """Shuffle (seed 123) and cut into training, validation and test frames: 1,045, 149 and 300 of UCI's.
+
+    Settings are chosen by the validation split; the test split is used once, at the end.
+    """
     df = df.sample(frac=1, random_state=123).reset_index(drop=True)
     train_end = int(len(df) * train_frac)
     validation_end = train_end + int(len(df) * validation_frac)
@@ -96,7 +99,7 @@ def random_split(df, train_frac, validation_frac):
 # ---- 6.3 Data loaders: token ids, padding, batches ----
 
 class SpamDataset(Dataset):
-    """Messages of a CSV file or frame (Text; Label: 0, 1, ...) as pairs: ids (tokens,), label ().
+    """Messages of a CSV file or frame (Text; Label: 0 ham, 1 spam) as pairs: ids (tokens,), label ().
 
     They are cut to `max_length` (default: the longest) and padded to it with `pad_token_id` (default: the
     tokenizer's <|endoftext|>, 50256, as GPT-2 has no padding token). Without padding, use `collate`.
@@ -112,7 +115,7 @@ class SpamDataset(Dataset):
         encoded_texts = []
         for text in self.data["Text"]:
             # encode_ordinary: a message that contains the letters "<|endoftext|>" does not end there
-            ids = tokenizer.encode_ordinary(text) if isinstance(text, str) else text
+            ids = tokenizer.encode_ordinary(text) if isinstance(text, str) else text  # or ids already
             encoded_texts.append(ids[:max_length] or [pad_token_id])
         self.max_length = max(map(len, encoded_texts)) if max_length is None else max_length
         if padding:
@@ -126,6 +129,9 @@ class SpamDataset(Dataset):
     def __len__(self):
         return len(self.labels)
 
+
+# The chapter's loaders: DataLoader(train_dataset, batch_size=8, shuffle=True, drop_last=True), and without
+# shuffle and drop_last for validation and test.
 
 # %%
 # ---- 6.4 Pretrained model: the GPT architecture (chapters 3 and 4) ----
@@ -211,7 +217,7 @@ class GPTModel(nn.Module):
         self.trf_blocks = nn.Sequential(*[TransformerBlock(cfg) for _ in range(cfg["n_layers"])])
         self.final_norm = LayerNorm(emb_dim)
         self.out_head = nn.Linear(emb_dim, cfg["vocab_size"], bias=False)
-        self.padded_to = None  # as a Classifier's texts are; 0: not as in the chapter
+        self.padded_to = None  # max_length of a Classifier's training; 0: not for classify_review
 
     def embed(self, in_idx):
         positions = torch.arange(in_idx.shape[1], device=in_idx.device)
@@ -271,7 +277,7 @@ def download_and_load_gpt2(model_size, models_dir):
 
 
 def load_weights_into_gpt(gpt, params):
-    """Put `params` {name: tensor} into the model; GPT-2's head is its token embedding."""
+    """Let the model take `params` {name: tensor}, not copies; GPT-2's head is its token embedding."""
     state = dict(params)
     state["out_head.weight"] = params["tok_emb.weight"].clone()  # trained apart, as in the chapter
     gpt.load_state_dict(state, assign=True)
@@ -435,7 +441,7 @@ def replace_linear_with_lora(model, rank, alpha):
 
 
 def merge_lora(model):
-    """Merge LoRA into the linear layers' weights."""
+    """Merge LoRA into the linear layers' weights, which stay as frozen as they are."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module, "weight"):
             parametrize.remove_parametrizations(module, "weight")
@@ -453,7 +459,8 @@ def last_token_logits(model, input_batch, device):
         input_batch = [input_batch]
     logits = model(*[tensor.to(device) for tensor in input_batch])
     if logits.ndim == 3:  # (batch, tokens, classes)
-        # Each position attends to itself and to earlier ones: only the last has seen the whole message.
+        # Each position attends to itself and to earlier ones: only the last, often a padding token, has seen
+        # the whole message.
         logits = logits[:, -1, :]
     return logits
 
@@ -509,9 +516,9 @@ def evaluate_model(model, train_loader, val_loader, device, eval_iter, loss_fn=F
 
 def train_classifier_simple(model, train_loader, val_loader, optimizer, device, num_epochs, eval_freq,
                             eval_iter, loss_fn=F.cross_entropy, accumulation_steps=1, scheduler=None):
-    """Train, print the chapter's log and return it.
+    """Train, print the chapter's log, return train_losses, val_losses, train_accs, val_accs, examples_seen.
 
-    That is train_losses, val_losses, train_accs, val_accs, examples_seen.
+    The chapter's optimizer is torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.1), for 5 epochs.
     """
     train_losses, val_losses, train_accs, val_accs = [], [], [], []
     examples_seen, global_step = 0, -1
@@ -544,7 +551,7 @@ def train_classifier_simple(model, train_loader, val_loader, optimizer, device, 
 
 
 def plot_values(epochs_seen, examples_seen, train_values, val_values, label="loss"):
-    """Return a matplotlib figure of values over epochs and, above, over examples seen."""
+    """Return a matplotlib figure, to show or to savefig, of values over epochs and, above, examples seen."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(5, 3), dpi=150)
     ax1 = fig.add_subplot()
@@ -598,12 +605,13 @@ def prepare_splits(df, balance="auto", test=None):
     and spam, as in the chapter, else weights. `test`: a test frame of its own.
     """
     labels = sorted(df["Label"].unique())
-    if len(labels) < 2 or len(df) < 20:
-        raise ValueError(f"{len(df)} messages with labels {labels[:5]}; 20 with two labels are needed")
     if balance == "auto":
         balance = "undersample" if labels == ["ham", "spam"] else "weights"
-    if balance == "undersample":
+    if balance == "undersample" and len(labels) > 1:
         df = create_balanced_dataset(df)
+    if len(labels) < 2 or len(df) < 20:
+        raise ValueError(f"{len(df)} messages (after --balance {balance}) with labels {labels[:5]}; "
+                         "20 with two labels are needed")
     if test is None:
         train, validation, test = random_split(df, 0.7, 0.1)
     else:
@@ -630,14 +638,14 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
              schedule="constant", dtype="float32", cache=True):
     """Finetune a pretrained GPTModel, in place, on what prepare_splits returns; return (Classifier, results).
 
-    `train --help` explains the settings; the defaults are the chapter's. Under torchrun every process calls
-    this alike and trains on its share of the messages.
+    Settings: see `train --help`. Under torchrun every process calls this alike, for its share of messages.
     """
     check_settings(locals())
     if not isinstance(model, GPTModel):
         raise TypeError(f"expected a GPTModel, as load_pretrained returns it, got {model!r:.80}")
-    if tokenizer.n_vocab != model.cfg["vocab_size"]:
-        raise ValueError(f"the tokenizer has {tokenizer.n_vocab} tokens, the model {model.cfg['vocab_size']}")
+    sizes = [tokenizer.n_vocab, model.cfg["vocab_size"], model.out_head.out_features]
+    if len(set(sizes)) > 1:  # another model's tokenizer, or a head that was replaced before
+        raise ValueError(f"tokenizer, model, head: {joined(sizes, ',')} tokens; load the model anew")
     labels = sorted(set(pd.concat(splits)["Label"]))
     num_train, limit = len(splits[0]), model.cfg["context_length"]
     device, (rank, world_size) = torch.device(device), get_rank_and_world_size()
@@ -682,7 +690,6 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     print(f"Training {num_trained:,} of {num_all:,} parameters")
     outputs = model(text_to_token_ids("Do you have time", tokenizer).to(device))  # (1, tokens, classes)
     print(f"New head on 'Do you have time': {tuple(outputs.shape)}, last token {outputs[0, -1].tolist()}")
-
     num_cached = min(num_frozen, len(model.trf_blocks) - 1) if cache else 0
     if num_cached:
         datasets = cache_hidden_states(model, datasets, num_cached, device)
@@ -716,6 +723,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     print(f"Training completed in {(time.perf_counter() - start_time) / 60:.2f} minutes.")
     results = dict(zip(("train_loss", "val_loss", "train_accuracy", "val_accuracy", "examples_seen"), log))
     # The test split comes last and is for this number alone: settings are chosen by validation.
+    results["examples_seen"] *= world_size
     results["final_accuracy"] = [calc_accuracy_loader(loader, label_logits, device) for loader in loaders]
     commonest = splits[0]["Label"].mode()[0]
     baseline = (splits[2]["Label"] == commonest).mean()
@@ -892,8 +900,8 @@ def last_block_at(block, x, positions):
     context = torch.einsum("bhe,hde->bhd", weighted_x, value_weight).reshape(batch, emb)
     if att.W_value.bias is not None:
         context = context + att.W_value.bias  # as the attention weights sum to 1
-    x = shortcut + att.out_proj(context)
-    return x + block.ff(block.norm2(x))
+    x = shortcut + block.drop_shortcut(att.out_proj(context))
+    return x + block.drop_shortcut(block.ff(block.norm2(x)))
 
 
 @torch.no_grad()
@@ -1006,19 +1014,22 @@ def read_messages(path, text_column=None, label_column=None, encoding=None):
 def read_table(path, encoding=None):
     """Read a table of texts: UCI's form, CSV (comma, semicolon, tab), JSON lines or a JSON array."""
     with reading(path, "a table of texts"):
-        text = read_text(path, encoding)
-        if re.match(JSON_START, text):
-            lines = not text.lstrip().startswith("[")
-            return pd.read_json(io.StringIO(text), lines=lines, dtype=False)
-        header, _, _ = text.partition("\n")
-        # Default quoting, as in the chapter, merges some of UCI's messages: 5,572 rows, not 5,574.
-        names = ["label", "text"] if header.startswith(UCI_START) else None
-        separator = "\t" if names else max("\t;,", key=header.count)
-        df = pd.read_csv(
-            io.StringIO(text), sep=separator, names=names, dtype=str, keep_default_na=False)
-        if not isinstance(df.index, pd.RangeIndex):
-            raise ValueError("its rows have more fields than its header; quote the texts")
-        return df
+        return parse_table(read_text(path, encoding))
+
+
+def parse_table(text):
+    """Return the frame of a table that was read as text."""
+    if re.match(JSON_START, text):
+        lines = not text.lstrip().startswith("[")
+        return pd.read_json(io.StringIO(text), lines=lines, dtype=False)
+    header, _, _ = text.partition("\n")
+    # Default quoting, as in the chapter, merges some of UCI's messages: 5,572 rows, not 5,574.
+    names = ["label", "text"] if header.startswith(UCI_START) else None
+    separator = "\t" if names else max("\t;,", key=header.count)
+    df = pd.read_csv(io.StringIO(text), sep=separator, names=names, dtype=str, keep_default_na=False)
+    if not isinstance(df.index, pd.RangeIndex):
+        raise ValueError("its rows have more fields than its header; quote the texts")
+    return df
 
 
 def read_text(path, encoding=None):
@@ -1068,7 +1079,6 @@ def download(urls, path, check):
     path = Path(path)
     if path.exists():  # fetched by hand
         return check(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     urls = [urls] if isinstance(urls, str) else urls
     failures, error_type = {}, ConnectionError
@@ -1083,6 +1093,7 @@ def download(urls, path, check):
                 if response.status_code == 416:  # the part is as long as the file, or longer
                     part.unlink(missing_ok=True)
                 response.raise_for_status()
+                path.parent.mkdir(parents=True, exist_ok=True)
                 with part.open("ab" if response.status_code == 206 else "wb") as file:
                     chunks = response.iter_content(1 << 20)
                     for chunk in tqdm(chunks, path.name, unit="MB", leave=False, disable=None):
@@ -1248,7 +1259,7 @@ def cmd_train(args):
     split_files = [args.data_dir / f"{name}.csv" for name in ("train", "validation", "test")]
     plot_files = [Path(args.plot, f"{name}-plot.png") for name in ("loss", "accuracy") if args.plot]
     metrics_files = [Path(args.metrics)] if args.metrics else []
-    check_outputs([out, *split_files, *plot_files, *metrics_files], [args.data, args.test_data])
+    check_outputs([out, *split_files, *plot_files, *metrics_files], [args.data, args.test_data, args.model])
     data_file, df, test = open_data(args)
     model_file, model, tokenizer, settings = open_model(args)
     bundled = " (bundled model, not GPT-2)" if model_file.resolve() == TINY else ""
@@ -1283,6 +1294,7 @@ def cmd_train(args):
         print(table.round(4).to_string())
     classifier.about = settings | {name: vars(args)[name] for name in ABOUT}
     classifier.about |= {"model": str(model_file), "data": os.path.abspath(data_file), "note": bundled}
+    classifier.about["sha256"] = hashlib.sha256(data_file.read_bytes()).hexdigest()
     save_classifier(out, classifier)
     for path, split in zip(split_files, splits):
         with atomic_write(path) as temporary:
@@ -1310,7 +1322,7 @@ def check_outputs(outputs, inputs):
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise OSError(f"cannot write {path}")
         if path.resolve() in [Path(source or "").resolve() for source in inputs]:
-            raise ValueError(f"{path} would be overwritten; set --data-dir")
+            raise ValueError(f"{path} would be overwritten; set --data-dir or --out")
     replaced = [os.path.relpath(path) for path in outputs if path.is_file()]
     if replaced:
         note(f"this replaces {', '.join(replaced)}")
@@ -1353,15 +1365,17 @@ def cmd_evaluate(args):
     """
     classifier = open_classifier(args)
     labels, about = classifier.labels, classifier.about
-    for name in ("text_column", "label_column", "encoding"):
-        setattr(args, name, getattr(args, name) or about.get(name))
     args.test_data, own = None, args.data == "auto"
+    for name in ("text_column", "label_column", "encoding") if own else ("text_column", "label_column"):
+        setattr(args, name, getattr(args, name) or about.get(name))
     if own and "data" not in about:
         raise ValueError("the classifier does not say what it was trained on; set --data")
     if own:
         args.data, args.test_data = about["data"], about.get("test_data")
     path, df, test = open_data(args)
     if own:
+        if args.verify:
+            check_sha256(path, about.get("sha256"))  # else training messages may be in the test split
         (_, _, df), _ = prepare_splits(df, about.get("balance", "auto"), test)
         path = args.test_data or path
     check_labels(df, labels, path)
@@ -1387,12 +1401,15 @@ def read_texts(path, text_column, trained_column, encoding):
         text = read_text(path, encoding)
     column = text_column or trained_column or "text"
     header, _, _ = text.replace('"', "").lower().partition("\n")
-    known = column.lower() in map(str.strip, re.split("[\t;,]", header))
-    texts = lines_of(text)
+    names = [name.strip() for name in re.split("[\t;,]", header)]
+    has_header = names == [column.lower()] or {column.lower(), "label"} <= set(names)
     named = re.search(r"\.(csv|tsv|jsonl?)(\.gz)?$", path.lower())
-    if text_column or named or known or text.startswith(UCI_START) or re.match(JSON_START, text):
+    texts = lines_of(text)
+    if text_column or named or has_header or text.startswith(UCI_START) or re.match(JSON_START, text):
         note(f"{path} is read as a table, column {column!r}")
-        texts = pick_column(read_table(path, encoding), "text", column, path).tolist()
+        with reading(path, "a table of texts"):
+            table = parse_table(text)
+        texts = pick_column(table, "text", column, path).tolist()
     for start in range(0, len(texts), 4096):
         yield texts[start:start + 4096]
 
@@ -1402,8 +1419,17 @@ def read_lines(stream, encoding):
     rest = b""
     while chunk := stream.read1(1 << 20):
         whole, _, rest = (rest + chunk).rpartition(b"\n")
-        yield lines_of(whole.decode(encoding or guess_encoding(whole, "standard input")))
-    yield lines_of(rest.decode(encoding or guess_encoding(rest, "standard input")))
+        yield decode_lines(whole, encoding)
+    yield decode_lines(rest, encoding)
+
+
+def decode_lines(content, encoding):
+    """Return the non-empty lines of a piece of standard input."""
+    with reading("standard input", "text that can be read as it comes; try --input FILE"):
+        encoding = encoding or guess_encoding(content, "standard input")
+        if encoding.lower().startswith("utf-16"):
+            raise ValueError("UTF-16")
+        return lines_of(content.decode(encoding))
 
 
 def lines_of(text):

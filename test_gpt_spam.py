@@ -671,7 +671,7 @@ def classifier():
     ({"epochs": 0}, ValueError, "at least 1"), ({"batch_size": 33}, ValueError, "33 is more than 32"),
     ({"context_length": 0}, ValueError, "got 0"), ({"context_length": -3}, ValueError, "got -3"),
     ({"model": "tiny.npz"}, TypeError, "expected a GPTModel"),
-    ({"model": GPTModel(CFG)}, ValueError, "tokenizer has 320 tokens, the model 50")], ids=str)
+    ({"model": GPTModel(CFG)}, ValueError, "320 / 50 / 50 tokens")], ids=str)
 def test_finetune_refuses_a_wrong_argument(settings, error, said):
     splits, _ = g.prepare_splits(small_frame())
     with pytest.raises(error, match=said):
@@ -991,6 +991,34 @@ def test_evaluate_measures_on_the_test_split_or_on_any_table(trained, use, tmp_p
     assert "['eggs']" in use("evaluate", "--data", tmp_path / "o.csv")[2]
 
 
+def test_lines_that_look_like_a_header_stay_lines(use, tmp_path):
+    (tmp_path / "l.txt").write_text("Hey, text, me\nok, fine, then\n")
+    lines = use("classify", "--input", tmp_path / "l.txt")[1].splitlines()
+    assert [line.split("\t")[2] for line in lines] == ["Hey, text, me", "ok, fine, then"]
+
+
+def test_a_column_of_standard_input_is_read(trained):
+    command = f"printf 'id,body\n1,hello\n' | {sys.executable} {g.__file__} classify --text-column body"
+    command += f" --weights-dir {trained[0] / 'w'} --device cpu"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.endswith("\thello\n"), done.stderr
+
+
+def test_evaluate_refuses_data_that_changed_since_training(run, tmp_path):
+    train(tmp_path)
+    with open(tmp_path / "d.tsv", "a") as file:
+        file.write("ham\tone more\n")
+    status, _, err = run("evaluate", "--weights-dir", tmp_path / "w", "--device", "cpu")
+    assert status == 2 and "SHA-256" in err
+
+
+def test_finetuning_twice_asks_for_the_model_anew(micro):
+    model, tokenizer, _ = g.load_pretrained(micro)
+    g.finetune(model, tokenizer, g.prepare_splits(small_frame())[0], epochs=1)
+    with pytest.raises(ValueError, match="320 / 320 / 2 tokens; load the model anew"):
+        g.finetune(model, tokenizer, g.prepare_splits(small_frame())[0], epochs=1)
+
+
 def test_evaluate_asks_for_data_where_training_left_no_trace(classifier, run, tmp_path):
     g.save_classifier(tmp_path / "c.pth", classifier)
     status, _, err = run("evaluate", "--classifier", tmp_path / "c.pth", "--device", "cpu")
@@ -1064,6 +1092,7 @@ def test_without_any_network_the_bundled_model_and_messages_are_used_and_named(r
     assert "Changed from the chapter: epochs 1, padding False\n" in out
     assert "Settings of the bundled model: lr 0.001, schedule linear\n" in out
     assert f"{DEAD}: ConnectionError" in err and "the bundled model is used instead" in err
+    assert set(os.listdir(tmp_path / "w")) == {"spam_classifier.pth"}
     for asked in ("--model=124M", f"--mirror={DEAD}"):
         status, _, err = run(*places, asked)
         assert status == 2 and "cannot download" in err
