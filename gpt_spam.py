@@ -635,7 +635,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
              epochs=5, batch_size=8, lr=5e-5, weight_decay=0.1, eval_freq=50, eval_iter=5, seed=123,
              trainable_layers="last_block", token_pos="last", causal_mask=True, lora_rank=8, lora_alpha=8.0,
              weights="pretrained", padding=True, context_length="longest", accumulation_steps=1,
-             schedule="constant", dtype="float32", cache=True):
+             schedule="constant", dtype="float32"):
     """Finetune a pretrained GPTModel, in place, on what prepare_splits returns; return (Classifier, results).
 
     Settings: see `train --help`. Under torchrun every process calls this alike, for its share of messages.
@@ -690,7 +690,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     print(f"Training {num_trained:,} of {num_all:,} parameters")
     outputs = model(text_to_token_ids("Do you have time", tokenizer).to(device))  # (1, tokens, classes)
     print(f"New head on 'Do you have time': {tuple(outputs.shape)}, last token {outputs[0, -1].tolist()}")
-    num_cached = min(num_frozen, len(model.trf_blocks) - 1) if cache else 0
+    num_cached = min(num_frozen, len(model.trf_blocks) - 1)
     if num_cached:
         datasets = cache_hidden_states(model, datasets, num_cached, device)
     label_logits = LabelLogits(model, token_pos, num_cached)
@@ -722,8 +722,8 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
         accumulation_steps, scheduler)
     print(f"Training completed in {(time.perf_counter() - start_time) / 60:.2f} minutes.")
     results = dict(zip(("train_loss", "val_loss", "train_accuracy", "val_accuracy", "examples_seen"), log))
-    # The test split comes last and is for this number alone: settings are chosen by validation.
     results["examples_seen"] *= world_size
+    # The test split comes last and is for this number alone: settings are chosen by validation.
     results["final_accuracy"] = [calc_accuracy_loader(loader, label_logits, device) for loader in loaders]
     commonest = splits[0]["Label"].mode()[0]
     baseline = (splits[2]["Label"] == commonest).mean()
@@ -756,8 +756,8 @@ def check_settings(settings):
     length = settings["context_length"]
     if not re.fullmatch("longest|model|[1-9][0-9]*", str(length)):
         raise ValueError(f"context_length must be longest, model or a number from 1, got {length!r}")
-    reads_zeros = settings["token_pos"] == "mean" or not settings["causal_mask"]  # those that fill up a batch
-    if reads_zeros and not settings["padding"] and settings["batch_size"] > 1:
+    mixed = reads_padding(settings["token_pos"], settings["causal_mask"])
+    if mixed and not settings["padding"] and settings["batch_size"] > 1:
         raise ValueError("--no-padding with --token-pos mean or --no-causal-mask requires --batch-size 1")
 
 
@@ -799,8 +799,8 @@ class Classifier:
         frame = pd.DataFrame({"Text": list(texts), "Label": 0})
         dataset = SpamDataset(frame, self.tokenizer, self.max_length, padding=self.padding)
         label_logits = LabelLogits(self.model.eval(), self.token_pos)
-        reads_zeros = self.token_pos == "mean" or not self.model.cfg["causal"]
-        rows = run_in_batches(label_logits, dataset, self.model.tok_emb.weight.device, reads_zeros)
+        equal_lengths = reads_padding(self.token_pos, self.model.cfg["causal"])
+        rows = run_in_batches(label_logits, dataset, self.model.tok_emb.weight.device, equal_lengths)
         logits = torch.stack([torch.zeros(len(self.labels)), *rows])[1:]  # also of no text at all
         return logits.softmax(dim=-1)
 
@@ -852,6 +852,11 @@ def collate(items):
     positions = torch.tensor([len(tokens) - 1 for tokens in inputs])
     stacked = nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # causal attention never reads these zeros
     return (stacked, positions), torch.stack(labels)
+
+
+def reads_padding(token_pos, causal_mask):
+    """Return whether the zeros by which `collate` fills up a batch change a message's logits."""
+    return token_pos == "mean" or not causal_mask
 
 
 class LabelLogits(nn.Module):
@@ -939,7 +944,7 @@ def cache_hidden_states(model, datasets, num_cached, device):
     def frozen(ids, positions):
         return blocks(model.embed(ids))  # (batch, tokens, emb)
 
-    outputs = run_in_batches(frozen, items, device, equal_lengths=not model.cfg["causal"])
+    outputs = run_in_batches(frozen, items, device, reads_padding("last", model.cfg["causal"]))
     cached = iter([(states[:len(ids)].clone(), label) for states, (ids, label) in zip(outputs, items)])
     return [list(islice(cached, len(dataset))) for dataset in datasets]
 
@@ -995,7 +1000,8 @@ UCI_START = ("ham\t", "spam\t")  # the collection has no header
 
 def read_messages(path, text_column=None, label_column=None, encoding=None):
     """Return a table's labelled texts as a frame of strings: Label, Text."""
-    table = read_table(path, encoding)
+    with reading(path, "a table of texts"):
+        table = parse_table(read_text(path, encoding))
     df = pd.DataFrame({"Label": pick_column(table, "label", label_column, path).str.strip(),
                        "Text": pick_column(table, "text", text_column, path)})
     unlabelled = df["Text"][df["Label"] == ""].tolist()
@@ -1011,14 +1017,16 @@ def read_messages(path, text_column=None, label_column=None, encoding=None):
     return df
 
 
-def read_table(path, encoding=None):
-    """Read a table of texts: UCI's form, CSV (comma, semicolon, tab), JSON lines or a JSON array."""
-    with reading(path, "a table of texts"):
-        return parse_table(read_text(path, encoding))
+def looks_like_table(text, column):
+    """Return whether a text starts as UCI's form, JSON, or a header that is `column` or has it and label."""
+    header, _, _ = text.partition("\n")
+    names = [name.strip(' "\r').lower() for name in re.split("[\t;,]", header)]
+    has_header = names == [column.lower()] or {column.lower(), "label"} <= set(names)
+    return has_header or text.startswith(UCI_START) or bool(re.match(JSON_START, text))
 
 
 def parse_table(text):
-    """Return the frame of a table that was read as text."""
+    """Return the frame of UCI's form, CSV (comma, semicolon, tab), JSON lines or a JSON array."""
     if re.match(JSON_START, text):
         lines = not text.lstrip().startswith("[")
         return pd.read_json(io.StringIO(text), lines=lines, dtype=False)
@@ -1110,9 +1118,14 @@ def download(urls, path, check):
                      "or use what is in the repository: --model tiny --data sample")
 
 
+def sha256_of(path):
+    """Return the SHA-256 of a file, as hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def check_sha256(path, expected):
     """Raise ValueError unless the file has this SHA-256 (None: any)."""
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = sha256_of(path)
     if expected not in (None, found):
         raise ValueError(f"SHA-256 of {path} is {found[:9]}, not {expected[:9]}; --no-verify accepts it")
 
@@ -1261,6 +1274,7 @@ def cmd_train(args):
     metrics_files = [Path(args.metrics)] if args.metrics else []
     check_outputs([out, *split_files, *plot_files, *metrics_files], [args.data, args.test_data, args.model])
     data_file, df, test = open_data(args)
+    sha256 = sha256_of(data_file)  # now, as the file may change while training
     model_file, model, tokenizer, settings = open_model(args)
     bundled = " (bundled model, not GPT-2)" if model_file.resolve() == TINY else ""
     if data_file.resolve() == SAMPLE:
@@ -1293,8 +1307,8 @@ def cmd_train(args):
         _, table, _ = calc_metrics(splits[2]["Label"], predicted, labels)
         print(table.round(4).to_string())
     classifier.about = settings | {name: vars(args)[name] for name in ABOUT}
-    classifier.about |= {"model": str(model_file), "data": os.path.abspath(data_file), "note": bundled}
-    classifier.about["sha256"] = hashlib.sha256(data_file.read_bytes()).hexdigest()
+    classifier.about |= {"model": str(model_file), "data": os.path.abspath(data_file), "sha256": sha256,
+                         "note": bundled}
     save_classifier(out, classifier)
     for path, split in zip(split_files, splits):
         with atomic_write(path) as temporary:
@@ -1400,16 +1414,14 @@ def read_texts(path, text_column, trained_column, encoding):
     with reading(path, "a file of texts"):
         text = read_text(path, encoding)
     column = text_column or trained_column or "text"
-    header, _, _ = text.replace('"', "").lower().partition("\n")
-    names = [name.strip() for name in re.split("[\t;,]", header)]
-    has_header = names == [column.lower()] or {column.lower(), "label"} <= set(names)
     named = re.search(r"\.(csv|tsv|jsonl?)(\.gz)?$", path.lower())
-    texts = lines_of(text)
-    if text_column or named or has_header or text.startswith(UCI_START) or re.match(JSON_START, text):
+    if text_column or named or looks_like_table(text, column):
         note(f"{path} is read as a table, column {column!r}")
         with reading(path, "a table of texts"):
             table = parse_table(text)
         texts = pick_column(table, "text", column, path).tolist()
+    else:
+        texts = lines_of(text)
     for start in range(0, len(texts), 4096):
         yield texts[start:start + 4096]
 
@@ -1486,7 +1498,6 @@ train experiments: the book's hyperparameters
 --eval-freq: batches between logged losses
 --eval-iter: batches averaged for a log line
 --seed: of new weights and the order of batches
---schedule: constant|linear: of the rate; linear, the bundled model's: up in a tenth of the updates, then to 0
 
 train experiments: the seven questions
 --trainable-layers: last_layer|last_block|last_two_blocks|all|lora: to train; last_layer: the head alone
@@ -1502,7 +1513,6 @@ train experiments: the seven questions
 
 train experiments: speed
 --dtype: float32|bfloat16: of the frozen blocks
---cache: compute the frozen blocks once per message
 
 train experiments: a test set
 --test-data: table to test on; without: a fifth of --data
@@ -1536,6 +1546,7 @@ classify evaluate: classifier
 """
 CHOICES = {flag.replace("-", "_"): choices.split("|")
            for flag, choices in re.findall(r"--(.+?): (\w+\|\S+):", OPTIONS)}
+CHOICES["schedule"] = ["constant", "linear"]  # the bundled model's: up in a tenth of the updates, then to 0
 DEFAULTS = finetune.__kwdefaults__ | {
     "model": "auto", "data": "auto", "balance": "auto", "device": "auto", "weights_dir": HERE / "weights",
     "data_dir": HERE / "data", "verify": True, "by_token": False, "threshold": 0.5}
