@@ -933,8 +933,7 @@ def run_in_batches(function, items, device, equal_lengths):
 def cache_hidden_states(model, datasets, num_cached, device):
     """Return `datasets` as lists of (hidden states (tokens, emb), label): the frozen blocks' output."""
     blocks = model.eval().trf_blocks[:num_cached]
-    items = [item for dataset in datasets for item in dataset]
-    num_tokens = sum(len(ids) for ids, _ in items)
+    num_tokens = sum(len(ids) for dataset in datasets for ids, _ in dataset)
     size = num_tokens * model.cfg["emb_dim"] * blocks[0].norm1.scale.itemsize
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
         print(f"Not cached: {size / 1e6:,.0f} MB, over half of the memory")
@@ -944,9 +943,11 @@ def cache_hidden_states(model, datasets, num_cached, device):
     def frozen(ids, positions):
         return blocks(model.embed(ids))  # (batch, tokens, emb)
 
-    outputs = run_in_batches(frozen, items, device, reads_padding("last", model.cfg["causal"]))
-    cached = iter([(states[:len(ids)].clone(), label) for states, (ids, label) in zip(outputs, items)])
-    return [list(islice(cached, len(dataset))) for dataset in datasets]
+    cached = []
+    for dataset in datasets:
+        outputs = run_in_batches(frozen, dataset, device, reads_padding("last", model.cfg["causal"]))
+        cached.append([(states[:len(ids)].clone(), label) for states, (ids, label) in zip(outputs, dataset)])
+    return cached
 
 
 # %%
@@ -1162,7 +1163,8 @@ def reading(path, what):
 HERE = Path(__file__).resolve().parent
 TINY, SAMPLE = HERE / "weights" / "tiny.npz", HERE / "data" / "sample_sms.tsv"
 CLASSIFIER_FILE = "spam_classifier.pth"
-ABOUT = ("test_data", "text_column", "label_column", "encoding", "balance")  # where the test split comes from
+# The options that a test split depends on; a classifier keeps them.
+SPLIT_OPTIONS = ("data", "test_data", "text_column", "label_column", "encoding", "balance")
 
 
 def find_model(args):
@@ -1243,13 +1245,13 @@ EXPERIMENTS = """95.00
 
 
 def open_model(args):
-    """Return (file, GPTModel, tokenizer, finetune's settings) of --model and the options that change them."""
+    """Return (file, GPTModel, tokenizer, settings that suit it, settings from the command line)."""
     chapter = finetune.__kwdefaults__
     given = {name: value for name, value in vars(args).items() if name in chapter}
     check_settings(chapter | given)
     path = on_first_process(find_model, args)
     model, tokenizer, suited = load_pretrained(path)
-    return path, model, tokenizer, chapter | suited | given
+    return path, model, tokenizer, suited, given
 
 
 def open_data(args):
@@ -1275,19 +1277,18 @@ def cmd_train(args):
     check_outputs([out, *split_files, *plot_files, *metrics_files], [args.data, args.test_data, args.model])
     data_file, df, test = open_data(args)
     sha256 = sha256_of(data_file)  # now, as the file may change while training
-    model_file, model, tokenizer, settings = open_model(args)
+    model_file, model, tokenizer, suited, given = open_model(args)
     bundled = " (bundled model, not GPT-2)" if model_file.resolve() == TINY else ""
     if data_file.resolve() == SAMPLE:
         bundled += " (trained on invented SMS)"
     print(f"Model {os.path.relpath(model_file)}, data {os.path.relpath(data_file)},",
           f"device {args.device}{bundled}")
-    chapter = finetune.__kwdefaults__
-    changed = [name for name, value in settings.items() if value != chapter[name]]
-    changes = [f"{name} {settings[name]}" for name in changed if name in vars(args)]
-    suited = [f"{name} {settings[name]}" for name in changed if name not in vars(args)]
+    settings = finetune.__kwdefaults__ | suited | given
+    changes = [f"{name} {value}" for name, value in given.items()]
     print("Changed from the chapter:", ", ".join(changes) or "nothing")
-    if suited:
-        print("Settings of the bundled model:", ", ".join(suited))
+    kept = [f"{name} {value}" for name, value in suited.items() if name not in given]
+    if kept:
+        print("Settings of the bundled model:", ", ".join(kept))
 
     splits, class_weights = prepare_splits(df, args.balance, test)
     counts = [f"{label} {count:,}" for label, count in df["Label"].value_counts().items()]
@@ -1306,7 +1307,7 @@ def cmd_train(args):
         predicted = [label for label, _ in classifier.classify(splits[2]["Text"])]
         _, table, _ = calc_metrics(splits[2]["Label"], predicted, labels)
         print(table.round(4).to_string())
-    classifier.about = settings | {name: vars(args)[name] for name in ABOUT}
+    classifier.about = settings | {name: vars(args)[name] for name in SPLIT_OPTIONS}
     classifier.about |= {"model": str(model_file), "data": os.path.abspath(data_file), "sha256": sha256,
                          "note": bundled}
     save_classifier(out, classifier)
@@ -1357,10 +1358,10 @@ def cmd_experiments(args):
         published, *options = EXPERIMENTS[row - 1].split()
         row_args = build_parser().parse_args([*args.argv, *options])
         if args.rows or row_args.model == args.model:  # a row of another model must be named
-            _, model, tokenizer, settings = open_model(row_args)
+            _, model, tokenizer, suited, given = open_model(row_args)
             prepared = prepare_splits(df, "none" if balanced else args.balance, test)
             with contextlib.redirect_stdout(sys.stderr):
-                _, results = finetune(model, tokenizer, *prepared, args.device, **settings)
+                _, results = finetune(model, tokenizer, *prepared, args.device, **suited | given)
             accuracies = joined(results["final_accuracy"]).replace("/", "|")
             print(f"| {row} | {' '.join(options)} | {accuracies} | {published}% |")
 
@@ -1379,18 +1380,20 @@ def cmd_evaluate(args):
     """
     classifier = open_classifier(args)
     labels, about = classifier.labels, classifier.about
-    args.test_data, own = None, args.data == "auto"
-    for name in ("text_column", "label_column", "encoding") if own else ("text_column", "label_column"):
-        setattr(args, name, getattr(args, name) or about.get(name))
+    own = args.data == "auto"
     if own and "data" not in about:
         raise ValueError("the classifier does not say what it was trained on; set --data")
     if own:
-        args.data, args.test_data = about["data"], about.get("test_data")
+        vars(args).update({name: about.get(name) for name in SPLIT_OPTIONS})
+    else:
+        args.test_data = None
+        args.text_column = args.text_column or about.get("text_column")
+        args.label_column = args.label_column or about.get("label_column")
     path, df, test = open_data(args)
     if own:
         if args.verify:
             check_sha256(path, about.get("sha256"))  # else training messages may be in the test split
-        (_, _, df), _ = prepare_splits(df, about.get("balance", "auto"), test)
+        (_, _, df), _ = prepare_splits(df, args.balance or "auto", test)
         path = args.test_data or path
     check_labels(df, labels, path)
     predicted = [label for label, _ in classifier.classify(df["Text"])]
