@@ -668,7 +668,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
                          f"than the model's {limit}; --context-length model cuts")
     datasets[0] = datasets[0][:num_train // world_size]  # as many in each process
 
-    # 6.4 Pretrained model: it continues text; without instruction finetuning it does not answer a question
+    # 6.4 Pretrained model
     if weights == "random":
         torch.manual_seed(seed)
         model.load_state_dict(GPTModel(model.cfg).state_dict(), assign=True)
@@ -676,6 +676,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     for block in model.trf_blocks:
         block.att.causal = causal_mask
     model.to(device).eval()
+    print("The pretrained model continues a text; without instruction finetuning it answers no question:")
     print_continuation("Every effort moves you", model, tokenizer, max_new_tokens=15)
     print_continuation(SPAM_PROMPT, model, tokenizer, max_new_tokens=23)
 
@@ -687,9 +688,10 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     trained = [p for p in model.parameters() if p.requires_grad]
     num_trained = sum(map(torch.numel, trained))
     num_all = sum(map(torch.numel, model.parameters()))
-    print(f"Training {num_trained:,} of {num_all:,} parameters")
+    print(f"Training {num_trained:,} of {num_all:,} parameters ({trainable_layers}); the others stay frozen")
     outputs = model(text_to_token_ids("Do you have time", tokenizer).to(device))  # (1, tokens, classes)
-    print(f"New head on 'Do you have time': {tuple(outputs.shape)}, last token {outputs[0, -1].tolist()}")
+    print(f"The new head on 'Do you have time': logits of shape {tuple(outputs.shape)};",
+          f"of the last token, which has seen all: {joined(outputs[0, -1].tolist(), '.4f')}")
     num_cached = min(num_frozen, len(model.trf_blocks) - 1)
     if num_cached:
         datasets = cache_hidden_states(model, datasets, num_cached, device)
@@ -705,7 +707,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     torch.manual_seed(seed)
     accuracies = [calc_accuracy_loader(loader, label_logits, device, 10) for loader in loaders]
     losses = [calc_loss_loader(loader, label_logits, device, 5, loss_fn) for loader in loaders]
-    print(f"Before training: accuracy {joined(accuracies)} (10 batches),",
+    print(f"Before training the head is random: accuracy {joined(accuracies)} (10 batches),",
           f"loss {joined(losses, '.3f')} (5 batches)")
 
     # 6.7 Finetuning
@@ -737,7 +739,7 @@ def print_continuation(prompt, model, tokenizer, max_new_tokens):
     """Let the pretrained model continue a text."""
     idx = text_to_token_ids(prompt, tokenizer).to(model.tok_emb.weight.device)
     idx = generate_text_simple(model, idx, max_new_tokens, model.cfg["context_length"])
-    print(f"Continuation of {prompt!r}: {token_ids_to_text(idx, tokenizer)[len(prompt):]!r}")
+    print(f"  {prompt!r} -> {token_ids_to_text(idx, tokenizer)[len(prompt):]!r}")
 
 
 def joined(values, form=".2%"):
@@ -915,7 +917,7 @@ def run_in_batches(function, items, device, equal_lengths):
     max_tokens = 2048 if device.type == "cpu" else 16384  # small: fits a CPU's cache
     rows = sorted(range(len(items)), key=lambda row: len(items[row][0]))
     outputs = [None] * len(rows)
-    with tqdm(total=len(rows), leave=False, disable=None, delay=1) as progress:
+    with progress_bar("texts", len(rows)) as progress:
         while rows:  # the longest first
             longest = len(items[rows[-1]][0])
             batch = rows[-max(1, max_tokens // longest):]
@@ -936,9 +938,10 @@ def cache_hidden_states(model, datasets, num_cached, device):
     num_tokens = sum(len(ids) for dataset in datasets for ids, _ in dataset)
     size = num_tokens * model.cfg["emb_dim"] * blocks[0].norm1.scale.itemsize
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
-        print(f"Not cached: {size / 1e6:,.0f} MB, over half of the memory")
+        print(f"The frozen blocks run in each epoch: to keep their output, {size / 1e6:,.0f} MB, would take "
+              "over half of the memory")
         return datasets
-    print(f"Computing the frozen blocks once per message: {size / 1e6:,.0f} MB")
+    print(f"The frozen blocks' output never changes: computed once and kept, {size / 1e6:,.0f} MB")
 
     def frozen(ids, positions):
         return blocks(model.embed(ids))  # (batch, tokens, emb)
@@ -1074,6 +1077,14 @@ def pick_column(df, kind, name, path):
     return df[columns[name.lower()]].fillna("").astype(str)
 
 
+def progress_bar(what, total):
+    """Return tqdm's bar, with the time left; where stderr is no terminal, it is a line every ten seconds."""
+    if sys.stderr.isatty():
+        return tqdm(desc=what, total=total, leave=False, delay=1)
+    line = "gpt_spam: {n_fmt} of {total_fmt} {desc}, {remaining} left\n"
+    return tqdm(desc=what, total=total, bar_format=line, delay=10, mininterval=10)
+
+
 @cache
 def note(text):
     """Say on stderr, once and in the first process, what is not an error but may be wrong."""
@@ -1094,6 +1105,7 @@ def download(urls, path, check):
     for url, pause in product(urls, (0, 1, 3)):  # three attempts each
         if error_type is OSError:  # a server has answered: it may do better later
             time.sleep(pause)
+        host = requests.compat.urlsplit(url).netloc or url
         start = part.stat().st_size if part.exists() else 0
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-"}
         try:
@@ -1103,19 +1115,21 @@ def download(urls, path, check):
                     part.unlink(missing_ok=True)
                 response.raise_for_status()
                 path.parent.mkdir(parents=True, exist_ok=True)
-                with part.open("ab" if response.status_code == 206 else "wb") as file:
-                    chunks = response.iter_content(1 << 20)
-                    for chunk in tqdm(chunks, path.name, unit="MB", leave=False, disable=None):
+                megabytes = (response.raw.length_remaining or 0) >> 20
+                with (part.open("ab" if response.status_code == 206 else "wb") as file,
+                      progress_bar(f"MB of {path.name}", megabytes) as progress):
+                    for chunk in response.iter_content(1 << 20):
                         file.write(chunk)
+                        progress.update()
             check(part)
             return os.replace(part, path)
         except requests.RequestException as error:
-            failures[url] = f"{url}: {getattr(error.response, 'status_code', type(error).__name__)}"
+            failures[host] = getattr(error.response, "status_code", type(error).__name__)
         except ValueError as error:  # what came is not what was wanted
             part.unlink()
-            failures[url] = f"{url}: {error}"
-    failed = ", ".join(failures.values())
-    raise error_type(f"cannot download {path.name} ({failed}); save it as {path} by hand, "
+            failures[host] = error
+    failed = ", ".join(f"{host}: {reason}" for host, reason in failures.items())
+    raise error_type(f"cannot download {path.name} ({failed}); save {urls[0]} as {path} by hand, "
                      "or use what is in the repository: --model tiny --data sample")
 
 
@@ -1183,10 +1197,7 @@ def find_model(args):
         size = args.model.replace("auto", "124M")
         return download_gpt2(size, args.weights_dir, args.mirror, args.verify)
     except ConnectionError as error:
-        if args.model != "auto" or args.mirror or not TINY.exists():
-            raise
-        note(f"{error}; the bundled model is used instead")
-        return TINY
+        return bundled_instead(TINY, error, args.model == "auto" and not args.mirror)
 
 
 def find_data(args):
@@ -1202,10 +1213,16 @@ def find_data(args):
             urls, archive, args.data_dir, path, DATA_SHA256 if args.verify else None)
         return path
     except ConnectionError as error:
-        if args.data != "auto" or args.mirror or not SAMPLE.exists():
-            raise
-        note(f"{error}; the bundled messages are used instead")
-        return SAMPLE
+        return bundled_instead(SAMPLE, error, args.data == "auto" and not args.mirror)
+
+
+def bundled_instead(path, error, automatic):
+    """Return the bundled file for one that cannot be downloaded, unless the user asked for that very one."""
+    if not automatic or not path.exists():
+        raise error
+    cause, _, _ = str(error).partition(";")
+    note(f"{cause}; {os.path.relpath(path)} is used instead")
+    return path
 
 
 def pick_device(name):
@@ -1354,16 +1371,22 @@ def cmd_experiments(args):
     if balanced:  # the book's script shuffles once more than the chapter
         df = create_balanced_dataset(df).sample(frac=1, random_state=123)
     print("| Row | Options | Training | Validation | Test | Published test |", "|---" * 6 + "|", sep="\n")
+    rows = {}
     for row in args.rows or range(1, len(EXPERIMENTS) + 1):
         published, *options = EXPERIMENTS[row - 1].split()
         row_args = build_parser().parse_args([*args.argv, *options])
         if args.rows or row_args.model == args.model:  # a row of another model must be named
+            rows[row] = published, options, row_args
+    start_time = time.perf_counter()
+    for done, (row, (published, options, row_args)) in enumerate(rows.items(), 1):
+        with contextlib.redirect_stdout(sys.stderr):
             _, model, tokenizer, suited, given = open_model(row_args)
             prepared = prepare_splits(df, "none" if balanced else args.balance, test)
-            with contextlib.redirect_stdout(sys.stderr):
-                _, results = finetune(model, tokenizer, *prepared, args.device, **suited | given)
-            accuracies = joined(results["final_accuracy"]).replace("/", "|")
-            print(f"| {row} | {' '.join(options)} | {accuracies} | {published}% |")
+            _, results = finetune(model, tokenizer, *prepared, args.device, **suited | given)
+            minutes = (time.perf_counter() - start_time) / 60 * (len(rows) / done - 1)
+            print(f"Row {row}, {done} of {len(rows)}: about {minutes:.0f} minutes left")
+        accuracies = joined(results["final_accuracy"]).replace("/", "|")
+        print(f"| {row} | {' '.join(options)} | {accuracies} | {published}% |")
 
 
 def open_classifier(args):
@@ -1491,64 +1514,65 @@ def print_by_token(text, classifier):
         print(f"{token:<15} {classifier.labels[i]} {row[i]:.4f} {'█' * round(20 * row[i].item())}".rstrip())
 
 
-# The options, group by group: which commands have it, its title, then name and help; "a|b: ..." are choices.
+# The options, group by group: which commands have it, its title and a sentence; then each option, its value
+# ("a|b" are the choices, without one it is a switch) and its help.
 OPTIONS = """
-train experiments: the book's hyperparameters
---epochs: passes over the training split
---batch-size: messages per batch
---lr: AdamW's learning rate; the bundled model's is 1e-3
---weight-decay: AdamW's weight decay
---eval-freq: batches between logged losses
---eval-iter: batches averaged for a log line
---seed: of new weights and the order of batches
+train experiments: the book's hyperparameters: The defaults are the chapter's.
+--epochs N: passes over the training split
+--batch-size N: messages per batch
+--lr RATE: AdamW's learning rate; the bundled model's is 1e-3
+--weight-decay RATE: AdamW's weight decay
+--eval-freq N: batches between logged losses
+--eval-iter N: batches averaged for a log line
+--seed N: of new weights and the order of batches
 
-train experiments: the seven questions
---trainable-layers: last_layer|last_block|last_two_blocks|all|lora: to train; last_layer: the head alone
---token-pos: last|first|mean: the position whose logits are used, or the mean of all
+train experiments: the seven questions: Asked by the book's author; `experiments` runs his table.
+--trainable-layers last_layer|last_block|last_two_blocks|all|lora: to train; last_layer: the head alone
+--token-pos last|first|mean: the position whose logits are used, or the mean of all
 --causal-mask: no attention to later tokens
---lora-rank: rank of LoRA's matrices
---lora-alpha: factor of LoRA's output
---weights: pretrained|random: initial weights
+--lora-rank N: rank of LoRA's matrices
+--lora-alpha X: factor of LoRA's output
+--weights pretrained|random: initial weights
 --padding: pad messages to --context-length
---context-length: in tokens: longest (training message), model (its limit) or a number
---accumulation-steps: batches per update
---balance: auto|undersample|weights|none: auto: undersample ham and spam, weight the loss for other labels
+--context-length N: in tokens: longest (training message), model (its limit) or a number
+--accumulation-steps N: batches per update
+--balance auto|undersample|weights|none: auto: undersample ham and spam, weight the loss for other labels
 
-train experiments: speed
---dtype: float32|bfloat16: of the frozen blocks
+train experiments: speed: With --no-padding and bfloat16 there is less to compute.
+--dtype float32|bfloat16: of the frozen blocks
 
-train experiments: a test set
---test-data: table to test on; without: a fifth of --data
+train experiments: test split: Without a file of its own it is a fifth of --data.
+--test-data FILE: table to test on
 
-train evaluate experiments: data
---data: auto (sms; offline: sample), sms, sample, a CSV, TSV or JSON lines file
---label-column: name of the column of labels; without: label
+train evaluate experiments: data: A table has a column of labels and one of texts.
+--data FILE: auto (sms; offline: sample), sms, sample, a CSV, TSV or JSON lines file
+--label-column NAME: of the labels; without: label
 
-classify: texts
---input: a table or lines of text; without TEXT and --input, lines of standard input
+classify: texts: As arguments, in a file, or, without both, lines of standard input.
+--input FILE: a table or lines of text
 --by-token: show the probability after each token, too
---threshold: answer the second of two labels from this probability on
+--threshold P: answer the second of two labels from this probability on
 
-train classify evaluate experiments: model and files
---model: auto (124M; offline: tiny), 124M, 355M, 774M, 1558M, tiny, an .npz or a checkpoint folder
---device: cpu, cuda, mps or auto
---weights-dir: of models and the classifier
---data-dir: of SMS data and splits
---mirror: URL of a server with OpenAI's and UCI's paths
+train classify evaluate experiments: model and files: What is not there is downloaded once.
+--model NAME: auto (124M; offline: tiny), 124M, 355M, 774M, 1558M, tiny, an .npz or a checkpoint folder
+--device NAME: cpu, cuda, mps or auto
+--weights-dir FOLDER: of models and the classifier
+--data-dir FOLDER: of SMS data and splits
+--mirror URL: of a server with OpenAI's and UCI's paths
 --verify: check the SHA-256 of downloads
---text-column: name of the column of texts; without: text
---encoding: of text files that are neither UTF-8, UTF-16 nor Windows-1252
+--text-column NAME: of the texts; without: text
+--encoding NAME: of text files that are neither UTF-8, UTF-16 nor Windows-1252
 
-train: results
---out: file of the classifier; without: WEIGHTS_DIR/spam_classifier.pth
---metrics: file for accuracies and losses as JSON
---plot: folder for pictures of loss and accuracy
+train: results: Each file is complete or not written.
+--out FILE: of the classifier; without: WEIGHTS_DIR/spam_classifier.pth
+--metrics FILE: for accuracies and losses as JSON
+--plot FOLDER: for pictures of loss and accuracy
 
-classify evaluate: classifier
---classifier: its file; without: where train saves it
+classify evaluate: classifier: It carries tokenizer and labels; a plain state_dict takes them from --model.
+--classifier FILE: without: where train saves it
 """
 CHOICES = {flag.replace("-", "_"): choices.split("|")
-           for flag, choices in re.findall(r"--(.+?): (\w+\|\S+):", OPTIONS)}
+           for flag, choices in re.findall(r"--(\S+) (\S+\|\S+):", OPTIONS)}
 CHOICES["schedule"] = ["constant", "linear"]  # the bundled model's: up in a tenth of the updates, then to 0
 DEFAULTS = finetune.__kwdefaults__ | {
     "model": "auto", "data": "auto", "balance": "auto", "device": "auto", "weights_dir": HERE / "weights",
@@ -1565,28 +1589,28 @@ def build_parser():
             run.__name__[4:], help=text, description=text, epilog=f"examples:\n{examples.rstrip()}",
             formatter_class=argparse.RawDescriptionHelpFormatter)
         command.set_defaults(run=run)
-        for names, title, lines in re.findall(r"(.+): (.+)\n((?:--.+\n)+)", OPTIONS):
+        for names, title, sentence, lines in re.findall(r"(.+): (.+): (.+)\n((?:--.+\n)+)", OPTIONS):
             if run.__name__[4:] in names:
-                group = command.add_argument_group(title)
-                for flag, text in re.findall(r"(.+?): (.+)", lines):
-                    add_option(group, flag, text)
+                group = command.add_argument_group(title, sentence)
+                for flag, value, text in re.findall(r"(\S+?)(?: (\S+))?: (.+)", lines):
+                    add_option(group, flag, value, text)
         if run is cmd_classify:
-            command.add_argument("texts", nargs="*", metavar="TEXT")
+            command.add_argument("texts", nargs="*", metavar="TEXT", help="to classify")
         if run is cmd_experiments:
             command.add_argument("--rows", nargs="+", type=int, choices=range(1, 20), metavar="N",
                                  help="rows of the book's table (default: all of --model)")
     return parser
 
 
-def add_option(group, flag, text):
+def add_option(group, flag, value, text):
     """Add one of OPTIONS; a setting of `finetune` is absent from the result unless it is given."""
     name = flag[2:].replace("-", "_")
     default = DEFAULTS.get(name)
     option = {"default": argparse.SUPPRESS if name in finetune.__kwdefaults__ else default}
-    if isinstance(default, bool):
-        option["action"] = argparse.BooleanOptionalAction
+    if value:
+        option.update(metavar=value, type=type(default or ""), choices=CHOICES.get(name))
     else:
-        option.update(type=type(default or ""), choices=CHOICES.get(name))
+        option["action"] = argparse.BooleanOptionalAction
     group.add_argument(flag, help=text if default is None else f"{text} (default: {default})", **option)
 
 

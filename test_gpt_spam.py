@@ -866,7 +866,7 @@ def test_download_takes_the_backup_and_ends_right(server, tmp_path, faults):
 
 
 @pytest.mark.parametrize("urls, error, said", [
-    (["{url}/wrong"], OSError, "SHA-256"), ([f"{DEAD}/x", "{url}/missing"], OSError, f"{DEAD}/x.*404"),
+    (["{url}/wrong"], OSError, "SHA-256"), ([f"{DEAD}/x", "{url}/missing"], OSError, "127.0.0.1:9: ConnectionError, .*404"),
     ([f"{DEAD}/x"], ConnectionError, f"{DEAD}/x"),
 ])
 def test_a_download_that_fails_says_why_and_leaves_no_file(server, tmp_path, urls, error, said):
@@ -1076,6 +1076,7 @@ def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path):
     places = ["--weights-dir", tmp_path / "w", "--data-dir", tmp_path / "d", "--device", "cpu"]
     rows = ["--epochs", 1, "--rows", 1, 16, 18, 19]
     _, out, err = run("experiments", "--model", MICRO, "--data", data, *places, *rows)
+    assert "Row 16, 2 of 4: about 0 minutes left\n" in err
     table = [line.strip("| ").split(" | ") for line in out.splitlines()[2:]]
     assert [row[0] for row in table] == ["1", "16", "18", "19"], err
     assert [row[1] for row in table] == ["", "--no-padding", "", "--token-pos mean"]
@@ -1092,7 +1093,8 @@ def test_without_any_network_the_bundled_model_and_messages_are_used_and_named(r
     assert status == 0 and out.count("bundled model, not GPT-2") == 2, err  # at the start and the end
     assert "Changed from the chapter: epochs 1, padding False\n" in out
     assert "Settings of the bundled model: lr 0.001, schedule linear\n" in out
-    assert f"{DEAD}: ConnectionError" in err and "the bundled model is used instead" in err
+    assert err.count("(127.0.0.1:9: ConnectionError); ") == 2
+    assert "tiny.npz is used instead\n" in err and "sample_sms.tsv is used instead\n" in err
     assert set(os.listdir(tmp_path / "w")) == {"spam_classifier.pth"}
     for asked in ("--model=124M", f"--mirror={DEAD}"):
         status, _, err = run(*places, asked)
