@@ -210,7 +210,8 @@ class GPTModel(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, emb_dim = {"causal": True, **cfg}, cfg["emb_dim"]
+        self.cfg = {"causal": True} | cfg
+        emb_dim = cfg["emb_dim"]
         self.tok_emb = nn.Embedding(cfg["vocab_size"], emb_dim)
         self.pos_emb = nn.Embedding(cfg["context_length"], emb_dim)
         self.drop_emb = nn.Dropout(cfg["drop_rate"])
@@ -396,17 +397,18 @@ def convert_checkpoint(folder, path):
 # %%
 # ---- 6.5 Classification head: freeze GPT-2, train the end of it ----
 
+# What is trained besides the head: that many last blocks and the final norm, or the whole model, or LoRA.
+TRAINABLE_LAYERS = {"last_layer": 0, "last_block": 1, "last_two_blocks": 2, "all": 0, "lora": 0}
+
+
 def add_classification_head(model, num_classes, trainable_layers="last_block", lora_rank=8, lora_alpha=8,
                             seed=123):
-    """Freeze the model, replace its 50,257-way head by a `num_classes`-way one, unfreeze `trainable_layers`.
-
-    These are last_layer (the head alone), last_block, last_two_blocks (with the final norm), all or lora.
-    """
+    """Freeze the model, replace its 50,257-way head by a `num_classes`-way one, unfreeze TRAINABLE_LAYERS."""
     # By default last block, final norm and head: 7,090,946 of the 124M's 124,441,346 parameters.
+    num_blocks = TRAINABLE_LAYERS[trainable_layers]
     model.requires_grad_(trainable_layers == "all")
     torch.manual_seed(seed)
     model.out_head = nn.Linear(model.cfg["emb_dim"], num_classes)
-    num_blocks = {"last_block": 1, "last_two_blocks": 2}.get(trainable_layers, 0)
     if num_blocks:
         model.trf_blocks[-num_blocks:].requires_grad_(True)
         model.final_norm.requires_grad_(True)
@@ -598,12 +600,29 @@ HAM_MESSAGE = "Hey, just wanted to check if we're still on for dinner tonight? L
 SPAM_PROMPT = f"Is the following text 'spam'? Answer with 'yes' or 'no': '{SPAM_MESSAGE}'"
 
 
+CHOICES = {
+    "balance": ("auto", "undersample", "weights", "none"),
+    "trainable_layers": tuple(TRAINABLE_LAYERS),
+    "token_pos": ("last", "first", "mean"),
+    "weights": ("pretrained", "random"),
+    "schedule": ("constant", "linear"),  # of the learning rate
+    "dtype": ("float32", "bfloat16"),  # of the frozen blocks
+}
+
+
+def check_choice(name, value):
+    """Raise ValueError unless the value is one of CHOICES, or the name has none."""
+    if value not in CHOICES.get(name, [value]):
+        raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
+
+
 def prepare_splits(df, balance="auto", test=None):
     """Return ([training, validation, test] frames, class weights or None) of a frame with Label and Text.
 
     `balance`: undersample, weights (in the loss: the rarer, the heavier) or none; auto is undersample for ham
     and spam, as in the chapter, else weights. `test`: a test frame of its own.
     """
+    check_choice("balance", balance)
     labels = sorted(df["Label"].unique())
     if balance == "auto":
         balance = "undersample" if labels == ["ham", "spam"] else "weights"
@@ -751,8 +770,7 @@ def check_settings(settings):
     """Raise ValueError for a setting of `finetune` that cannot be."""
     for name, default in finetune.__kwdefaults__.items():
         value = settings[name]
-        if value not in CHOICES.get(name, [value]):
-            raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
+        check_choice(name, value)
         if type(default) is int and name != "seed" and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     length = settings["context_length"]
@@ -1515,7 +1533,7 @@ def print_by_token(text, classifier):
 
 
 # The options, group by group: which commands have it, its title and a sentence; then each option, its value
-# ("a|b" are the choices, without one it is a switch) and its help.
+# (none: one of CHOICES, or a switch) and its help.
 OPTIONS = """
 train experiments: the book's hyperparameters: The defaults are the chapter's.
 --epochs N: passes over the training split
@@ -1527,19 +1545,19 @@ train experiments: the book's hyperparameters: The defaults are the chapter's.
 --seed N: of new weights and the order of batches
 
 train experiments: the seven questions: Asked by the book's author; `experiments` runs his table.
---trainable-layers last_layer|last_block|last_two_blocks|all|lora: to train; last_layer: the head alone
---token-pos last|first|mean: the position whose logits are used, or the mean of all
+--trainable-layers: to train; last_layer: the head alone
+--token-pos: the position whose logits are used, or the mean of all
 --causal-mask: no attention to later tokens
 --lora-rank N: rank of LoRA's matrices
 --lora-alpha X: factor of LoRA's output
---weights pretrained|random: initial weights
+--weights: initial weights
 --padding: pad messages to --context-length
 --context-length N: in tokens: longest (training message), model (its limit) or a number
 --accumulation-steps N: batches per update
---balance auto|undersample|weights|none: auto: undersample ham and spam, weight the loss for other labels
+--balance: auto: undersample ham and spam, weight the loss for other labels
 
 train experiments: speed: With --no-padding and bfloat16 there is less to compute.
---dtype float32|bfloat16: of the frozen blocks
+--dtype: of the frozen blocks
 
 train experiments: test split: Without a file of its own it is a fifth of --data.
 --test-data FILE: table to test on
@@ -1571,9 +1589,6 @@ train: results: Each file is complete or not written.
 classify evaluate: classifier: It carries tokenizer and labels; a plain state_dict takes them from --model.
 --classifier FILE: without: where train saves it
 """
-CHOICES = {flag.replace("-", "_"): choices.split("|")
-           for flag, choices in re.findall(r"--(\S+) (\S+\|\S+):", OPTIONS)}
-CHOICES["schedule"] = ["constant", "linear"]  # the bundled model's: up in a tenth of the updates, then to 0
 DEFAULTS = finetune.__kwdefaults__ | {
     "model": "auto", "data": "auto", "balance": "auto", "device": "auto", "weights_dir": HERE / "weights",
     "data_dir": HERE / "data", "verify": True, "by_token": False, "threshold": 0.5}
@@ -1607,8 +1622,10 @@ def add_option(group, flag, value, text):
     name = flag[2:].replace("-", "_")
     default = DEFAULTS.get(name)
     option = {"default": argparse.SUPPRESS if name in finetune.__kwdefaults__ else default}
-    if value:
-        option.update(metavar=value, type=type(default or ""), choices=CHOICES.get(name))
+    if name in CHOICES:
+        option["choices"] = CHOICES[name]
+    elif value:
+        option.update(metavar=value, type=type(default or ""))
     else:
         option["action"] = argparse.BooleanOptionalAction
     group.add_argument(flag, help=text if default is None else f"{text} (default: {default})", **option)

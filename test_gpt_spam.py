@@ -362,6 +362,11 @@ def test_a_test_frame_of_ones_own_leaves_all_else_to_training_and_validation():
         g.prepare_splits(THREE, test=test.assign(Label="d"))
 
 
+def test_a_mistyped_balance_is_an_error():
+    with pytest.raises(ValueError, match="balance must be one of auto, .*'weight'"):
+        g.prepare_splits(THREE, "weight")
+
+
 @pytest.mark.parametrize("name, content", [
     ("glued.tsv", 'ham\t"hi, you\nspam\tthree"\nspam\tNA\n'),  # by default quoting, as in the chapter
     ("a.csv", 'id,Text,Label\n1,"hi, you\nspam\tthree",ham\n2,NA,spam\n'),
