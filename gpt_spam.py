@@ -660,14 +660,11 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     Settings: see `train --help`. Under torchrun every process calls this alike, for its share of messages.
     """
     check_settings(locals())
-    if not isinstance(model, GPTModel):
-        raise TypeError(f"expected a GPTModel, as load_pretrained returns it, got {model!r:.80}")
-    sizes = [tokenizer.n_vocab, model.cfg["vocab_size"], model.out_head.out_features]
-    if len(set(sizes)) > 1:  # another model's tokenizer, or a head that was replaced before
-        raise ValueError(f"tokenizer, model, head: {joined(sizes, ',')} tokens; load the model anew")
+    check_pretrained(model, tokenizer)
     labels = sorted(set(pd.concat(splits)["Label"]))
     num_train, limit = len(splits[0]), model.cfg["context_length"]
-    device, (rank, world_size) = torch.device(device), get_rank_and_world_size()
+    device = torch.device(device)
+    rank, world_size = get_rank_and_world_size()
     if num_train < batch_size:
         raise ValueError(f"--batch-size {batch_size} is more than {num_train} balanced training messages")
     if batch_size % world_size:
@@ -691,7 +688,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     if weights == "random":
         torch.manual_seed(seed)
         model.load_state_dict(GPTModel(model.cfg).state_dict(), assign=True)
-    model.cfg = {**model.cfg, "causal": causal_mask}
+    model.cfg["causal"] = causal_mask
     for block in model.trf_blocks:
         block.att.causal = causal_mask
     model.to(device).eval()
@@ -779,6 +776,15 @@ def check_settings(settings):
     mixed = reads_padding(settings["token_pos"], settings["causal_mask"])
     if mixed and not settings["padding"] and settings["batch_size"] > 1:
         raise ValueError("--no-padding with --token-pos mean or --no-causal-mask requires --batch-size 1")
+
+
+def check_pretrained(model, tokenizer):
+    """Raise an error unless it is a GPTModel with its own tokenizer and a head that predicts tokens."""
+    if not isinstance(model, GPTModel):
+        raise TypeError(f"expected a GPTModel, as load_pretrained returns it, got {model!r:.80}")
+    sizes = [tokenizer.n_vocab, model.cfg["vocab_size"], model.out_head.out_features]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"tokenizer, model, head: {joined(sizes, ',')} tokens; load the model anew")
 
 
 # %%
@@ -1280,13 +1286,13 @@ EXPERIMENTS = """95.00
 
 
 def open_model(args):
-    """Return (file, GPTModel, tokenizer, settings that suit it, settings from the command line)."""
+    """Return (file, GPTModel, tokenizer, settings: of `args`, else the model's, else the chapter's)."""
     chapter = finetune.__kwdefaults__
     given = {name: value for name, value in vars(args).items() if name in chapter}
     check_settings(chapter | given)
     path = on_first_process(find_model, args)
     model, tokenizer, suited = load_pretrained(path)
-    return path, model, tokenizer, suited, given
+    return path, model, tokenizer, chapter | suited | given
 
 
 def open_data(args):
@@ -1312,18 +1318,18 @@ def cmd_train(args):
     check_outputs([out, *split_files, *plot_files, *metrics_files], [args.data, args.test_data, args.model])
     data_file, df, test = open_data(args)
     sha256 = sha256_of(data_file)  # now, as the file may change while training
-    model_file, model, tokenizer, suited, given = open_model(args)
+    model_file, model, tokenizer, settings = open_model(args)
     bundled = " (bundled model, not GPT-2)" if model_file.resolve() == TINY else ""
     if data_file.resolve() == SAMPLE:
         bundled += " (trained on invented SMS)"
     print(f"Model {os.path.relpath(model_file)}, data {os.path.relpath(data_file)},",
           f"device {args.device}{bundled}")
-    settings = finetune.__kwdefaults__ | suited | given
-    changes = [f"{name} {value}" for name, value in given.items()]
-    print("Changed from the chapter:", ", ".join(changes) or "nothing")
-    kept = [f"{name} {value}" for name, value in suited.items() if name not in given]
-    if kept:
-        print("Settings of the bundled model:", ", ".join(kept))
+    changed = [name for name in settings if settings[name] != DEFAULTS[name]]
+    given = [f"{name} {settings[name]}" for name in changed if name in args]
+    suited = [f"{name} {settings[name]}" for name in changed if name not in args]
+    print("Changed from the chapter:", ", ".join(given) or "nothing")
+    if suited:
+        print("Settings of the bundled model:", ", ".join(suited))
 
     splits, class_weights = prepare_splits(df, args.balance, test)
     counts = [f"{label} {count:,}" for label, count in df["Label"].value_counts().items()]
@@ -1353,8 +1359,8 @@ def cmd_train(args):
         [(label, probability)] = classifier.classify(text)
         print(f"{label}  {probability:.4f}  {text}  (true label: {true_label})")
     print(f"Saved; try: python gpt_spam.py classify --classifier {os.path.relpath(out)} TEXT")
-    if args.metrics:
-        with atomic_write(args.metrics) as temporary:
+    for path in metrics_files:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(results | classifier.about, indent=2) + "\n")
     for path, name, first_epoch in zip(plot_files, ("loss", "accuracy"), (0, 1)):  # accuracies: after epochs
         train_values, val_values = results[f"train_{name}"], results[f"val_{name}"]
@@ -1385,9 +1391,10 @@ def cmd_experiments(args):
     python gpt_spam.py experiments --rows 1 6
     """
     _, df, test = open_data(args)
-    balanced = set(df["Label"]) == {"ham", "spam"}
-    if balanced:  # the book's script shuffles once more than the chapter
-        df = create_balanced_dataset(df).sample(frac=1, random_state=123)
+    balance = args.balance
+    if set(df["Label"]) == {"ham", "spam"}:  # the book's script shuffles once more than the chapter
+        df, balance = create_balanced_dataset(df).sample(frac=1, random_state=123), "none"
+    prepared = prepare_splits(df, balance, test)
     print("| Row | Options | Training | Validation | Test | Published test |", "|---" * 6 + "|", sep="\n")
     rows = {}
     for row in args.rows or range(1, len(EXPERIMENTS) + 1):
@@ -1398,9 +1405,8 @@ def cmd_experiments(args):
     start_time = time.perf_counter()
     for done, (row, (published, options, row_args)) in enumerate(rows.items(), 1):
         with contextlib.redirect_stdout(sys.stderr):
-            _, model, tokenizer, suited, given = open_model(row_args)
-            prepared = prepare_splits(df, "none" if balanced else args.balance, test)
-            _, results = finetune(model, tokenizer, *prepared, args.device, **suited | given)
+            _, model, tokenizer, settings = open_model(row_args)
+            _, results = finetune(model, tokenizer, *prepared, args.device, **settings)
             minutes = (time.perf_counter() - start_time) / 60 * (len(rows) / done - 1)
             print(f"Row {row}, {done} of {len(rows)}: about {minutes:.0f} minutes left")
         accuracies = joined(results["final_accuracy"]).replace("/", "|")
@@ -1421,25 +1427,25 @@ def cmd_evaluate(args):
     """
     classifier = open_classifier(args)
     labels, about = classifier.labels, classifier.about
-    own = args.data == "auto"
-    if own and "data" not in about:
-        raise ValueError("the classifier does not say what it was trained on; set --data")
-    if own:
+    if args.data == "auto":
+        part = "test split"
+        if "data" not in about:
+            raise ValueError("the classifier does not say what it was trained on; set --data")
         vars(args).update({name: about.get(name) for name in SPLIT_OPTIONS})
-    else:
-        args.test_data = None
-        args.text_column = args.text_column or about.get("text_column")
-        args.label_column = args.label_column or about.get("label_column")
-    path, df, test = open_data(args)
-    if own:
+        path, df, test = open_data(args)
         if args.verify:
             check_sha256(path, about.get("sha256"))  # else training messages may be in the test split
         (_, _, df), _ = prepare_splits(df, args.balance or "auto", test)
         path = args.test_data or path
+    else:
+        part = "all"
+        path = find_data(args)
+        text_column = args.text_column or about.get("text_column")
+        label_column = args.label_column or about.get("label_column")
+        df = read_messages(path, text_column, label_column, args.encoding)
     check_labels(df, labels, path)
     predicted = [label for label, _ in classifier.classify(df["Text"])]
     accuracy, table, confusion = calc_metrics(df["Label"], predicted, labels)
-    part = "test split" if own else "all"
     print(f"{os.path.relpath(path)}, {part}: {len(df):,} messages,",
           f"accuracy {accuracy:.2%}{about.get('note', '')}\n\n{table.round(4).to_string()}\n")
     if len(labels) > 20:
