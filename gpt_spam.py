@@ -319,8 +319,10 @@ def download_gpt2(model_size, models_dir, mirror=None, verify=True):
             download([f"{base}/{model_size}/{file}" for base in bases], folder / file, check)
         try:
             convert_checkpoint(folder, path)
-        finally:
+        except ValueError:  # the next start downloads it anew
             shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
     return path
 
 
@@ -710,7 +712,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
           f"of the last token, which has seen all: {joined(outputs[0, -1].tolist(), '.4f')}")
     num_cached = min(num_frozen, len(model.trf_blocks) - 1)
     if num_cached:
-        datasets = cache_hidden_states(model, datasets, num_cached, device)
+        datasets, num_cached = cache_hidden_states(model, datasets, num_cached, device)
     label_logits = LabelLogits(model, token_pos, num_cached)
     if world_size > 1:
         label_logits = nn.parallel.DistributedDataParallel(label_logits, find_unused_parameters=True)
@@ -751,6 +753,9 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     return Classifier(model.eval(), tokenizer, labels, max_length, padding, token_pos), results
 
 
+SETTINGS = finetune.__kwdefaults__  # {name: the chapter's value}
+
+
 def print_continuation(prompt, model, tokenizer, max_new_tokens):
     """Let the pretrained model continue a text."""
     idx = text_to_token_ids(prompt, tokenizer).to(model.tok_emb.weight.device)
@@ -765,7 +770,7 @@ def joined(values, form=".2%"):
 
 def check_settings(settings):
     """Raise ValueError for a setting of `finetune` that cannot be."""
-    for name, default in finetune.__kwdefaults__.items():
+    for name, default in SETTINGS.items():
         value = settings[name]
         check_choice(name, value)
         if type(default) is int and name != "seed" and value < 1:
@@ -785,6 +790,8 @@ def check_pretrained(model, tokenizer):
     sizes = [tokenizer.n_vocab, model.cfg["vocab_size"], model.out_head.out_features]
     if len(set(sizes)) > 1:
         raise ValueError(f"tokenizer, model, head: {joined(sizes, ',')} tokens; load the model anew")
+    if model.cfg["drop_rate"] > 0:
+        raise ValueError("drop_rate must be 0.0, as in the chapter: frozen blocks run once, without dropout")
 
 
 # %%
@@ -888,7 +895,7 @@ def reads_padding(token_pos, causal_mask):
 class LabelLogits(nn.Module):
     """A GPT's logits (batch, classes) at `positions` (batch,), at the first one, or their mean over all.
 
-    Inputs are ids (batch, tokens), or hidden states (batch, tokens, emb) after `num_cached` blocks.
+    Inputs are ids (batch, tokens), or the output of `num_cached` blocks: (batch, tokens, emb).
     """
 
     def __init__(self, model, token_pos="last", num_cached=0):
@@ -897,10 +904,8 @@ class LabelLogits(nn.Module):
 
     def forward(self, inputs, positions):
         model, blocks = self.model, self.model.trf_blocks
-        if inputs.is_floating_point():
-            x = blocks[self.num_cached:-1](inputs)
-        else:
-            x = blocks[:-1](model.embed(inputs))
+        x = inputs if self.num_cached else model.embed(inputs)
+        x = blocks[self.num_cached:-1](x)
         if self.token_pos == "mean":
             logits = model.out_head(model.final_norm(blocks[-1](x)))  # (batch, tokens, classes)
             return logits.mean(dim=1)
@@ -910,7 +915,7 @@ class LabelLogits(nn.Module):
 
 
 def last_block_at(block, x, positions):
-    """Return `block(x)` at positions (batch,): x (batch, tokens, emb) gives (batch, emb)."""
+    """Return `block(x)`, without dropout, at positions (batch,): x (batch, tokens, emb) gives (batch, emb)."""
     # As q.(W_k x) = (W_k^T q).x, keys and values are not computed: 3.4 million products, not 142 million
     # (124M, 120 tokens).
     att, (batch, tokens, emb) = block.att, x.shape
@@ -931,8 +936,8 @@ def last_block_at(block, x, positions):
     context = torch.einsum("bhe,hde->bhd", weighted_x, value_weight).reshape(batch, emb)
     if att.W_value.bias is not None:
         context = context + att.W_value.bias  # as the attention weights sum to 1
-    x = shortcut + block.drop_shortcut(att.out_proj(context))
-    return x + block.drop_shortcut(block.ff(block.norm2(x)))
+    x = shortcut + att.out_proj(context)
+    return x + block.ff(block.norm2(x))
 
 
 @torch.no_grad()
@@ -957,14 +962,17 @@ def run_in_batches(function, items, device, equal_lengths):
 
 
 def cache_hidden_states(model, datasets, num_cached, device):
-    """Return `datasets` as lists of (hidden states (tokens, emb), label): the frozen blocks' output."""
+    """Return `datasets` with the first blocks' output (tokens, emb) for ids (tokens,), and `num_cached`.
+
+    Where that would take over half of the memory: `datasets` as they are, and 0.
+    """
     blocks = model.eval().trf_blocks[:num_cached]
     num_tokens = sum(len(ids) for dataset in datasets for ids, _ in dataset)
     size = num_tokens * model.cfg["emb_dim"] * blocks[0].norm1.scale.itemsize
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
         print(f"The frozen blocks run in each epoch: to keep their output, {size / 1e6:,.0f} MB, would take "
               "over half of the memory")
-        return datasets
+        return datasets, 0
     print(f"The frozen blocks' output never changes: computed once and kept, {size / 1e6:,.0f} MB")
 
     def frozen(ids, positions):
@@ -974,7 +982,7 @@ def cache_hidden_states(model, datasets, num_cached, device):
     for dataset in datasets:
         outputs = run_in_batches(frozen, dataset, device, reads_padding("last", model.cfg["causal"]))
         cached.append([(states[:len(ids)].clone(), label) for states, (ids, label) in zip(outputs, dataset)])
-    return cached
+    return cached, num_cached
 
 
 # %%
@@ -1094,6 +1102,8 @@ def pick_column(df, kind, name, path):
     """Return column `name` (default: `kind`; case is ignored) of a frame read from `path`, as strings."""
     name = name or kind
     columns = {str(column).strip().lower(): column for column in df.columns}
+    if name in df.columns:  # an exact match, as there may be "text" and "Text"
+        columns[name.lower()] = name
     if name.lower() not in columns:
         found = ", ".join(f"{column!r:.40}" for column in df.columns)
         raise ValueError(f"no column {name!r} in {path}; its first line, taken as the header, has {found}; "
@@ -1164,8 +1174,10 @@ def sha256_of(path):
 
 def check_sha256(path, expected):
     """Raise ValueError unless the file has this SHA-256 (None: any)."""
+    if expected is None:
+        return  # without reading what may be 6 GB
     found = sha256_of(path)
-    if expected not in (None, found):
+    if found != expected:
         raise ValueError(f"SHA-256 of {path} is {found[:9]}, not {expected[:9]}; --no-verify accepts it")
 
 
@@ -1287,12 +1299,11 @@ EXPERIMENTS = """95.00
 
 def open_model(args):
     """Return (file, GPTModel, tokenizer, settings: of `args`, else the model's, else the chapter's)."""
-    chapter = finetune.__kwdefaults__
-    given = {name: value for name, value in vars(args).items() if name in chapter}
-    check_settings(chapter | given)
+    given = {name: value for name, value in vars(args).items() if name in SETTINGS}
+    check_settings(SETTINGS | given)
     path = on_first_process(find_model, args)
     model, tokenizer, suited = load_pretrained(path)
-    return path, model, tokenizer, chapter | suited | given
+    return path, model, tokenizer, SETTINGS | suited | given
 
 
 def open_data(args):
@@ -1324,7 +1335,7 @@ def cmd_train(args):
         bundled += " (trained on invented SMS)"
     print(f"Model {os.path.relpath(model_file)}, data {os.path.relpath(data_file)},",
           f"device {args.device}{bundled}")
-    changed = [name for name in settings if settings[name] != DEFAULTS[name]]
+    changed = [name for name in settings if settings[name] != SETTINGS[name]]
     given = [f"{name} {settings[name]}" for name in changed if name in args]
     suited = [f"{name} {settings[name]}" for name in changed if name not in args]
     print("Changed from the chapter:", ", ".join(given) or "nothing")
@@ -1355,9 +1366,10 @@ def cmd_train(args):
     for path, split in zip(split_files, splits):
         with atomic_write(path) as temporary:
             split.to_csv(temporary, index=False)
-    for true_label, text in (("spam", SPAM_MESSAGE), ("ham", HAM_MESSAGE)):
-        [(label, probability)] = classifier.classify(text)
-        print(f"{label}  {probability:.4f}  {text}  (true label: {true_label})")
+    if labels == ["ham", "spam"]:
+        for true_label, text in (("spam", SPAM_MESSAGE), ("ham", HAM_MESSAGE)):
+            [(label, probability)] = classifier.classify(text)
+            print(f"{label}  {probability:.4f}  {text}  (true label: {true_label})")
     print(f"Saved; try: python gpt_spam.py classify --classifier {os.path.relpath(out)} TEXT")
     for path in metrics_files:
         with atomic_write(path) as temporary:
@@ -1435,7 +1447,7 @@ def cmd_evaluate(args):
         path, df, test = open_data(args)
         if args.verify:
             check_sha256(path, about.get("sha256"))  # else training messages may be in the test split
-        (_, _, df), _ = prepare_splits(df, args.balance or "auto", test)
+        (_, _, df), _ = prepare_splits(df, about.get("balance", "auto"), test)
         path = args.test_data or path
     else:
         part = "all"
@@ -1449,9 +1461,9 @@ def cmd_evaluate(args):
     print(f"{os.path.relpath(path)}, {part}: {len(df):,} messages,",
           f"accuracy {accuracy:.2%}{about.get('note', '')}\n\n{table.round(4).to_string()}\n")
     if len(labels) > 20:
-        errors = confusion.stack().sort_values(ascending=False)
-        errors = errors[[true != guess for true, guess in errors.index]][:20]
-        print(f"Most frequent errors (true, predicted)\n{errors.to_string()}")
+        pairs = pd.DataFrame({"true": df["Label"], "predicted": predicted})
+        errors = pairs.query("true != predicted").value_counts()
+        print(f"Most frequent errors\n{errors.head(20).to_string()}")
     else:
         print(f"Confusion matrix (row: true, column: predicted)\n{confusion.to_string()}")
 
@@ -1595,7 +1607,7 @@ train: results: Each file is complete or not written.
 classify evaluate: classifier: It carries tokenizer and labels; a plain state_dict takes them from --model.
 --classifier FILE: without: where train saves it
 """
-DEFAULTS = finetune.__kwdefaults__ | {
+DEFAULTS = SETTINGS | {
     "model": "auto", "data": "auto", "balance": "auto", "device": "auto", "weights_dir": HERE / "weights",
     "data_dir": HERE / "data", "verify": True, "by_token": False, "threshold": 0.5}
 
@@ -1618,7 +1630,8 @@ def build_parser():
         if run is cmd_classify:
             command.add_argument("texts", nargs="*", metavar="TEXT", help="to classify")
         if run is cmd_experiments:
-            command.add_argument("--rows", nargs="+", type=int, choices=range(1, 20), metavar="N",
+            numbers = range(1, len(EXPERIMENTS) + 1)
+            command.add_argument("--rows", nargs="+", type=int, choices=numbers, metavar="N",
                                  help="rows of the book's table (default: all of --model)")
     return parser
 
@@ -1627,7 +1640,7 @@ def add_option(group, flag, value, text):
     """Add one of OPTIONS; a setting of `finetune` is absent from the result unless it is given."""
     name = flag[2:].replace("-", "_")
     default = DEFAULTS.get(name)
-    option = {"default": argparse.SUPPRESS if name in finetune.__kwdefaults__ else default}
+    option = {"default": argparse.SUPPRESS if name in SETTINGS else default}
     if name in CHOICES:
         option["choices"] = CHOICES[name]
     elif value:
