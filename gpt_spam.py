@@ -673,8 +673,8 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
         raise ValueError(f"--batch-size {batch_size} is not a multiple of {world_size} processes")
 
     # 6.3 Data sets; their loaders follow in 6.5, when it is known what is frozen
-    named = {"longest": None, "model": limit}
-    max_length = named[context_length] if context_length in named else int(context_length)
+    lengths = {"longest": None, "model": limit}
+    max_length = lengths[context_length] if context_length in lengths else int(context_length)
     datasets = []
     for split in splits:
         frame = split.assign(Label=split["Label"].map(labels.index))
@@ -1135,16 +1135,16 @@ def download(urls, path, check):
         return check(path)
     part = path.with_name(path.name + ".part")
     urls = [urls] if isinstance(urls, str) else urls
-    failures, error_type = {}, ConnectionError
+    failures, answered = {}, False
     for url, pause in product(urls, (0, 1, 3)):  # three attempts each
-        if error_type is OSError:  # a server has answered: it may do better later
+        if answered:  # a server that has answered may do better later
             time.sleep(pause)
         host = requests.compat.urlsplit(url).netloc or url
         start = part.stat().st_size if part.exists() else 0
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-"}
         try:
             with requests.get(url, headers=headers, stream=True, timeout=(5, 30)) as response:
-                error_type = OSError
+                answered = True
                 if response.status_code == 416:  # the part is as long as the file, or longer
                     part.unlink(missing_ok=True)
                 response.raise_for_status()
@@ -1163,6 +1163,7 @@ def download(urls, path, check):
             part.unlink()
             failures[host] = error
     failed = ", ".join(f"{host}: {reason}" for host, reason in failures.items())
+    error_type = OSError if answered else ConnectionError
     raise error_type(f"cannot download {path.name} ({failed}); save {urls[0]} as {path} by hand, "
                      "or use what is in the repository: --model tiny --data sample")
 
@@ -1309,7 +1310,7 @@ def open_model(args):
 def open_data(args):
     """Return (file, frame of --data, frame of --test-data or None)."""
     if args.test_data:
-        args.test_data = os.path.abspath(args.test_data)
+        args.test_data = os.path.abspath(args.test_data)  # as the classifier keeps it
     path = on_first_process(find_data, args)
     how = (args.text_column, args.label_column, args.encoding)
     test = read_messages(args.test_data, *how) if args.test_data else None
@@ -1521,7 +1522,8 @@ def cmd_classify(args):
         raise ValueError("give texts or --input FILE, not both")
     classifier = open_classifier(args)
     labels = classifier.labels
-    if not 0 <= args.threshold <= 1 or args.threshold != 0.5 and len(labels) != 2:
+    is_usable = len(labels) == 2 or args.threshold == 0.5
+    if not 0 <= args.threshold <= 1 or not is_usable:
         raise ValueError(f"--threshold needs 0 to 1 and two labels, got {args.threshold} and {len(labels)}")
     for text in filter(os.path.isfile, args.texts):
         note(f"{text!r} is taken as a text; --input reads a file")
@@ -1660,7 +1662,8 @@ def main(argv=None):
     try:
         if torch.distributed.is_torchelastic_launched():  # by torchrun
             start_processes()
-        args.device, args.argv = pick_device(args.device), argv or sys.argv[1:]
+        args.device = pick_device(args.device)
+        args.argv = argv or sys.argv[1:]  # which experiments parses again with each row's options
         args.run(args)
         return 0
     except BrokenPipeError:  # such as `classify ... | head`
