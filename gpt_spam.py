@@ -14,6 +14,7 @@ Shapes: batch, tokens, emb = heads * head, vocab, classes.
 import argparse
 import codecs
 import contextlib
+import csv
 import gc
 import gzip
 import hashlib
@@ -112,11 +113,12 @@ class SpamDataset(Dataset):
         if pad_token_id is None:
             pad_token_id = tokenizer.eot_token
 
-        encoded_texts = []
+        encoded_texts, self.num_cut = [], 0
         for text in self.data["Text"]:
             # encode_ordinary: a message that contains the letters "<|endoftext|>" does not end there
             ids = tokenizer.encode_ordinary(text) if isinstance(text, str) else text  # or ids already
             encoded_texts.append(ids[:max_length] or [pad_token_id])
+            self.num_cut += len(encoded_texts[-1]) < len(ids)
         self.max_length = max(map(len, encoded_texts)) if max_length is None else max_length
         if padding:
             encoded_texts = [ids + [pad_token_id] * (self.max_length - len(ids)) for ids in encoded_texts]
@@ -625,19 +627,27 @@ def prepare_splits(df, balance="auto", test=None):
     and spam, as in the chapter, else weights. `test`: a test frame of its own.
     """
     check_choice("balance", balance)
+    if not {"Label", "Text"} <= set(df.columns):
+        raise ValueError(f"expected a frame with Label and Text, got {list(df.columns)}")
+    are_texts = [isinstance(text, str) for text in df["Text"]]
+    if df["Label"].isna().any() or not all(are_texts):
+        raise ValueError("each row needs a label, and a string as its text")
     labels = sorted(df["Label"].unique())
     if balance == "auto":
         balance = "undersample" if labels == ["ham", "spam"] else "weights"
     if balance == "undersample" and len(labels) > 1:
         df = create_balanced_dataset(df)
     if len(labels) < 2 or len(df) < 20:
-        raise ValueError(f"{len(df)} messages (after --balance {balance}) with labels {labels[:5]}; "
+        raise ValueError(f"{len(df)} messages (after --balance {balance}) with labels {labels[:5]!s:.80}; "
                          "20 with two labels are needed")
     if test is None:
         train, validation, test = random_split(df, 0.7, 0.1)
     else:
         check_labels(test, labels, "the test file")
         train, _, validation = random_split(df, 0.875, 0)  # 7 to 1, as above
+    missing = sorted(set(labels) - set(train["Label"]))
+    if missing:
+        note(f"no training message has the labels {missing!s:.80}")
     class_weights = None
     if balance == "weights":
         counts = train["Label"].value_counts().reindex(labels, fill_value=1)
@@ -663,7 +673,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     """
     check_settings(locals())
     check_pretrained(model, tokenizer)
-    labels = sorted(set(pd.concat(splits)["Label"]))
+    labels = np.unique(pd.concat(splits)["Label"]).tolist()
     num_train, limit = len(splits[0]), model.cfg["context_length"]
     device = torch.device(device)
     rank, world_size = get_rank_and_world_size()
@@ -831,24 +841,34 @@ class Classifier:
         """Return probabilities (texts, labels) of strings or lists of ids."""
         frame = pd.DataFrame({"Text": list(texts), "Label": 0})
         dataset = SpamDataset(frame, self.tokenizer, self.max_length, padding=self.padding)
+        if dataset.num_cut:
+            note(f"texts are cut to {self.max_length} tokens, as in training; the rest of them is not read")
         label_logits = LabelLogits(self.model.eval(), self.token_pos)
         equal_lengths = reads_padding(self.token_pos, self.model.cfg["causal"])
-        rows = run_in_batches(label_logits, dataset, self.model.tok_emb.weight.device, equal_lengths)
-        logits = torch.stack([torch.zeros(len(self.labels)), *rows])[1:]  # also of no text at all
+        logits = torch.empty(len(dataset), len(self.labels))
+        device = self.model.tok_emb.weight.device
+        for i, row in run_in_batches(label_logits, dataset, device, equal_lengths):
+            logits[i] = row
         return logits.softmax(dim=-1)
 
 
 def save_classifier(path, classifier):
-    """Write a Classifier as one file that needs no other."""
+    """Write a Classifier, with LoRA merged, as one file that needs no other."""
     if not isinstance(classifier, Classifier):
         raise TypeError(f"expected a Classifier, as finetune returns it, got {classifier!r:.80}")
     model, encoding = classifier.model, classifier.tokenizer
+    merge_lora(model)
     content = vars(classifier) | {
         "config": model.cfg,
         "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
         "tokenizer": [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]}
-    with atomic_write(path) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)
+    with atomic_write(path) as temporary:
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:  # PyTorch's error for a full disk
+            raise OSError(f"cannot write {path}: {error}") from None
+        torch.load(temporary, mmap=True, weights_only=True)  # an error now, not when it is needed
 
 
 def load_classifier(path, device="cpu", pretrained=None):
@@ -870,7 +890,9 @@ def load_classifier(path, device="cpu", pretrained=None):
             tokenizer = encoding_of(content.pop("tokenizer"))
         model.out_head = nn.Linear(model.cfg["emb_dim"], len(content["labels"]))
         model.load_state_dict(state, assign=True)
-        return Classifier(model.to(device).eval(), tokenizer, **content)
+        classifier = Classifier(model.eval(), tokenizer, **content)
+    model.to(device)
+    return classifier
 
 
 # %%
@@ -915,7 +937,7 @@ class LabelLogits(nn.Module):
 
 
 def last_block_at(block, x, positions):
-    """Return `block(x)`, without dropout, at positions (batch,): x (batch, tokens, emb) gives (batch, emb)."""
+    """Return `block(x)` at positions (batch,), without dropout: x (batch, tokens, emb) to (batch, emb)."""
     # As q.(W_k x) = (W_k^T q).x, keys and values are not computed: 3.4 million products, not 142 million
     # (124M, 120 tokens).
     att, (batch, tokens, emb) = block.att, x.shape
@@ -942,10 +964,9 @@ def last_block_at(block, x, positions):
 
 @torch.no_grad()
 def run_in_batches(function, items, device, equal_lengths):
-    """Return function(inputs, positions) of each of the (ids, label) items; a batch holds similar lengths."""
+    """Yield (i, function(inputs, positions) of the i-th pair (ids, label)); a batch holds similar lengths."""
     max_tokens = 2048 if device.type == "cpu" else 16384  # small: fits a CPU's cache
     rows = sorted(range(len(items)), key=lambda row: len(items[row][0]))
-    outputs = [None] * len(rows)
     with progress_bar("texts", len(rows)) as progress:
         while rows:  # the longest first
             longest = len(items[rows[-1]][0])
@@ -954,11 +975,8 @@ def run_in_batches(function, items, device, equal_lengths):
                 batch = [row for row in batch if len(items[row][0]) == longest]
             rows = rows[:-len(batch)]
             (inputs, positions), _ = collate([items[row] for row in batch])
-            results = function(inputs.to(device), positions.to(device)).cpu()
-            for row, result in zip(batch, results):
-                outputs[row] = result
+            yield from zip(batch, function(inputs.to(device), positions.to(device)).cpu())
             progress.update(len(batch))
-    return outputs
 
 
 def cache_hidden_states(model, datasets, num_cached, device):
@@ -967,7 +985,8 @@ def cache_hidden_states(model, datasets, num_cached, device):
     Where that would take over half of the memory: `datasets` as they are, and 0.
     """
     blocks = model.eval().trf_blocks[:num_cached]
-    num_tokens = sum(len(ids) for dataset in datasets for ids, _ in dataset)
+    items = [item for dataset in datasets for item in dataset]
+    num_tokens = sum(len(ids) for ids, _ in items)
     size = num_tokens * model.cfg["emb_dim"] * blocks[0].norm1.scale.itemsize
     if hasattr(os, "sysconf") and size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2:
         print(f"The frozen blocks run in each epoch: to keep their output, {size / 1e6:,.0f} MB, would take "
@@ -978,11 +997,12 @@ def cache_hidden_states(model, datasets, num_cached, device):
     def frozen(ids, positions):
         return blocks(model.embed(ids))  # (batch, tokens, emb)
 
-    cached = []
-    for dataset in datasets:
-        outputs = run_in_batches(frozen, dataset, device, reads_padding("last", model.cfg["causal"]))
-        cached.append([(states[:len(ids)].clone(), label) for states, (ids, label) in zip(outputs, dataset)])
-    return cached, num_cached
+    equal_lengths = reads_padding("last", model.cfg["causal"])
+    for i, states in run_in_batches(frozen, items, device, equal_lengths):
+        ids, label = items[i]
+        items[i] = states[:len(ids)].clone(), label  # a copy, so that the padded batch can go
+    remaining = iter(items)
+    return [list(islice(remaining, len(dataset))) for dataset in datasets], num_cached
 
 
 # %%
@@ -1021,10 +1041,20 @@ def start_processes():
 def on_first_process(function, *args):
     """Return function(*args), which only the first process runs; the others wait for its result."""
     rank, world_size = get_rank_and_world_size()
-    result = [function(*args) if rank == 0 else None]
-    if world_size > 1:
-        torch.distributed.broadcast_object_list(result)
-    return result[0]
+    if world_size == 1:
+        return function(*args)
+    result = error = None
+    if rank == 0:
+        try:
+            result = function(*args)
+        except Exception as raised:
+            error = raised
+    shared = [result, error]
+    torch.distributed.broadcast_object_list(shared)
+    result, error = shared
+    if error:
+        raise error
+    return result
 
 
 # %%
@@ -1040,6 +1070,8 @@ def read_messages(path, text_column=None, label_column=None, encoding=None):
         table = parse_table(read_text(path, encoding))
     df = pd.DataFrame({"Label": pick_column(table, "label", label_column, path).str.strip(),
                        "Text": pick_column(table, "text", text_column, path)})
+    if df.empty:
+        raise ValueError(f"{path} has no rows")
     unlabelled = df["Text"][df["Label"] == ""].tolist()
     if unlabelled:
         raise ValueError(f"{len(unlabelled)} of {len(df)} messages in {path} have no label, first "
@@ -1053,11 +1085,12 @@ def read_messages(path, text_column=None, label_column=None, encoding=None):
     return df
 
 
-def looks_like_table(text, column):
-    """Return whether a text starts as UCI's form, JSON, or a header that is `column` or has it and label."""
+def looks_like_table(text, text_column, label_column):
+    """Return whether a text starts as UCI's form, JSON, or a header: text column, alone or with labels."""
     header, _, _ = text.partition("\n")
     names = [name.strip(' "\r').lower() for name in re.split("[\t;,]", header)]
-    has_header = names == [column.lower()] or {column.lower(), "label"} <= set(names)
+    text_name, label_name = text_column.lower(), label_column.lower()
+    has_header = names == [text_name] or {text_name, label_name} <= set(names)
     return has_header or text.startswith(UCI_START) or bool(re.match(JSON_START, text))
 
 
@@ -1072,7 +1105,11 @@ def parse_table(text):
     separator = "\t" if names else max("\t;,", key=header.count)
     df = pd.read_csv(io.StringIO(text), sep=separator, names=names, dtype=str, keep_default_na=False)
     if not isinstance(df.index, pd.RangeIndex):
-        raise ValueError("its rows have more fields than its header; quote the texts")
+        raise ValueError("its rows have more fields than its header; quote the texts, or name all columns")
+    if separator == "\t" and not names:
+        spanning = df.stack().str.contains("\n.*\t").sum()
+        if spanning > 0:
+            note(f"{spanning} fields hold several lines with tabs; is a quotation mark left open there?")
     return df
 
 
@@ -1081,7 +1118,8 @@ def read_text(path, encoding=None):
     content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
-    return content.decode(encoding or guess_encoding(content, path))
+    text = content.decode(encoding or guess_encoding(content, path))
+    return text.removeprefix("\ufeff")  # a byte order mark
 
 
 def guess_encoding(content, path):
@@ -1092,7 +1130,7 @@ def guess_encoding(content, path):
         raise ValueError("a binary file, such as Excel, zip or Parquet; export it as CSV in UTF-8")
     try:
         content.decode("utf-8")
-        return "utf-8-sig"
+        return "utf-8"
     except UnicodeDecodeError:
         note(f"{path} is not UTF-8; it is read as Windows-1252 (--encoding names another)")
         return "cp1252"
@@ -1101,14 +1139,18 @@ def guess_encoding(content, path):
 def pick_column(df, kind, name, path):
     """Return column `name` (default: `kind`; case is ignored) of a frame read from `path`, as strings."""
     name = name or kind
-    columns = {str(column).strip().lower(): column for column in df.columns}
-    if name in df.columns:  # an exact match, as there may be "text" and "Text"
-        columns[name.lower()] = name
-    if name.lower() not in columns:
+    matches = [column for column in df.columns if str(column).strip().lower() == name.lower()]
+    if name in matches:
+        matches = [name]
+    if len(matches) != 1:
         found = ", ".join(f"{column!r:.40}" for column in df.columns)
-        raise ValueError(f"no column {name!r} in {path}; its first line, taken as the header, has {found}; "
+        number = "several columns" if matches else "no column"
+        raise ValueError(f"{number} {name!r} in {path}; its first line, taken as the header, has {found}; "
                          f"set --{kind}-column")
-    return df[columns[name.lower()]].fillna("").astype(str)
+    values = df[matches[0]].fillna("")
+    if values.map(lambda value: isinstance(value, (dict, list))).any():
+        raise ValueError(f"column {name!r} of {path} has objects or lists, no {kind}s")
+    return values.astype(str)
 
 
 def progress_bar(what, total):
@@ -1185,12 +1227,13 @@ def check_sha256(path, expected):
 @contextlib.contextmanager
 def atomic_write(path):
     """Give a temporary name that becomes `path` if the block succeeds."""
-    path = Path(path).resolve()
-    if path.exists() and not path.is_file():  # such as /dev/stdout
+    path = Path(path)
+    if path.exists() and not path.is_file():  # such as /dev/null
         yield path
         return
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -1214,8 +1257,7 @@ def reading(path, what):
 HERE = Path(__file__).resolve().parent
 TINY, SAMPLE = HERE / "weights" / "tiny.npz", HERE / "data" / "sample_sms.tsv"
 CLASSIFIER_FILE = "spam_classifier.pth"
-# The options that a test split depends on; a classifier keeps them.
-SPLIT_OPTIONS = ("data", "test_data", "text_column", "label_column", "encoding", "balance")
+READING_OPTIONS = ("text_column", "label_column", "encoding")  # which a classifier keeps
 
 
 def find_model(args):
@@ -1298,10 +1340,16 @@ EXPERIMENTS = """95.00
 96.33 --token-pos mean""".splitlines()
 
 
-def open_model(args):
-    """Return (file, GPTModel, tokenizer, settings: of `args`, else the model's, else the chapter's)."""
+def read_settings(args):
+    """Return the settings of `finetune` that the command line gives."""
     given = {name: value for name, value in vars(args).items() if name in SETTINGS}
     check_settings(SETTINGS | given)
+    return given
+
+
+def open_model(args):
+    """Return (file, GPTModel, tokenizer, settings: of `args`, else the model's, else the chapter's)."""
+    given = read_settings(args)
     path = on_first_process(find_model, args)
     model, tokenizer, suited = load_pretrained(path)
     return path, model, tokenizer, SETTINGS | suited | given
@@ -1309,11 +1357,13 @@ def open_model(args):
 
 def open_data(args):
     """Return (file, frame of --data, frame of --test-data or None)."""
-    if args.test_data:
-        args.test_data = os.path.abspath(args.test_data)  # as the classifier keeps it
     path = on_first_process(find_data, args)
-    how = (args.text_column, args.label_column, args.encoding)
-    test = read_messages(args.test_data, *how) if args.test_data else None
+    how = [getattr(args, name) for name in READING_OPTIONS]
+    test = None
+    if args.test_data:
+        if os.path.realpath(args.test_data) == os.path.realpath(path):
+            raise ValueError(f"--test-data {args.test_data} is --data itself")
+        test = read_messages(args.test_data, *how)
     return path, read_messages(path, *how), test
 
 
@@ -1327,12 +1377,14 @@ def cmd_train(args):
     split_files = [args.data_dir / f"{name}.csv" for name in ("train", "validation", "test")]
     plot_files = [Path(args.plot, f"{name}-plot.png") for name in ("loss", "accuracy") if args.plot]
     metrics_files = [Path(args.metrics)] if args.metrics else []
-    check_outputs([out, *split_files, *plot_files, *metrics_files], [args.data, args.test_data, args.model])
+    inputs = [args.data, args.test_data, args.model, TINY, SAMPLE]
+    check_outputs([out, *split_files, *plot_files, *metrics_files], inputs)
     data_file, df, test = open_data(args)
-    sha256 = sha256_of(data_file)  # now, as the file may change while training
+    sha256 = sha256_of(args.test_data or data_file)  # now, as the file may change while training
     model_file, model, tokenizer, settings = open_model(args)
     bundled = " (bundled model, not GPT-2)" if model_file.resolve() == TINY else ""
-    if data_file.resolve() == SAMPLE:
+    is_sample = data_file.resolve() == SAMPLE
+    if is_sample:
         bundled += " (trained on invented SMS)"
     print(f"Model {os.path.relpath(model_file)}, data {os.path.relpath(data_file)},",
           f"device {args.device}{bundled}")
@@ -1344,7 +1396,7 @@ def cmd_train(args):
         print("Settings of the bundled model:", ", ".join(suited))
 
     splits, class_weights = prepare_splits(df, args.balance, test)
-    counts = [f"{label} {count:,}" for label, count in df["Label"].value_counts().items()]
+    counts = [f"{label} {count:,}" for label, count in pd.concat(splits)["Label"].value_counts().items()]
     print(f"Training / validation / test: {joined(map(len, splits), ',')} messages,",
           f"of these labels: {', '.join(counts)}")
     if len(splits[2]) < 100:
@@ -1360,13 +1412,15 @@ def cmd_train(args):
         predicted = [label for label, _ in classifier.classify(splits[2]["Text"])]
         _, table, _ = calc_metrics(splits[2]["Label"], predicted, labels)
         print(table.round(4).to_string())
-    classifier.about = settings | {name: vars(args)[name] for name in SPLIT_OPTIONS}
-    classifier.about |= {"model": str(model_file), "data": os.path.abspath(data_file), "sha256": sha256,
-                         "note": bundled}
+    classifier.about = settings | {name: getattr(args, name) for name in ("balance", *READING_OPTIONS)}
+    classifier.about |= {
+        "model": str(model_file), "note": bundled, "sha256": sha256,
+        "data": "sample" if is_sample else os.path.abspath(data_file),
+        "test_data": os.path.abspath(args.test_data) if args.test_data else None}
     save_classifier(out, classifier)
     for path, split in zip(split_files, splits):
         with atomic_write(path) as temporary:
-            split.to_csv(temporary, index=False)
+            split.to_csv(temporary, index=False, quoting=csv.QUOTE_ALL)  # else a lone "\r" ends a row
     if labels == ["ham", "spam"]:
         for true_label, text in (("spam", SPAM_MESSAGE), ("ham", HAM_MESSAGE)):
             [(label, probability)] = classifier.classify(text)
@@ -1386,12 +1440,14 @@ def cmd_train(args):
 
 def check_outputs(outputs, inputs):
     """Raise an error now, not after the training, if a file cannot be written; name what will be replaced."""
+    taken = [Path(source or "").resolve() for source in inputs]
     for path in outputs:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise OSError(f"cannot write {path}")
-        if path.resolve() in [Path(source or "").resolve() for source in inputs]:
+        if path.resolve() in taken:
             raise ValueError(f"{path} would be overwritten; set --data-dir or --out")
+        taken.append(path.resolve())
     replaced = [os.path.relpath(path) for path in outputs if path.is_file()]
     if replaced:
         note(f"this replaces {', '.join(replaced)}")
@@ -1408,13 +1464,14 @@ def cmd_experiments(args):
     if set(df["Label"]) == {"ham", "spam"}:  # the book's script shuffles once more than the chapter
         df, balance = create_balanced_dataset(df).sample(frac=1, random_state=123), "none"
     prepared = prepare_splits(df, balance, test)
-    print("| Row | Options | Training | Validation | Test | Published test |", "|---" * 6 + "|", sep="\n")
     rows = {}
     for row in args.rows or range(1, len(EXPERIMENTS) + 1):
         published, *options = EXPERIMENTS[row - 1].split()
         row_args = build_parser().parse_args([*args.argv, *options])
         if args.rows or row_args.model == args.model:  # a row of another model must be named
             rows[row] = published, options, row_args
+            read_settings(row_args)  # an error before the first row, not after hours
+    print("| Row | Options | Training | Validation | Test | Published test |", "|---" * 6 + "|", sep="\n")
     start_time = time.perf_counter()
     for done, (row, (published, options, row_args)) in enumerate(rows.items(), 1):
         with contextlib.redirect_stdout(sys.stderr):
@@ -1444,12 +1501,15 @@ def cmd_evaluate(args):
         part = "test split"
         if "data" not in about:
             raise ValueError("the classifier does not say what it was trained on; set --data")
-        vars(args).update({name: about.get(name) for name in SPLIT_OPTIONS})
-        path, df, test = open_data(args)
+        if args.text_column or args.label_column or args.encoding:
+            raise ValueError("--text-column, --label-column and --encoding need --data")
+        args.data = about.get("test_data") or about["data"]
+        path = find_data(args)
         if args.verify:
             check_sha256(path, about.get("sha256"))  # else training messages may be in the test split
-        (_, _, df), _ = prepare_splits(df, about.get("balance", "auto"), test)
-        path = args.test_data or path
+        df = read_messages(path, *[about.get(name) for name in READING_OPTIONS])
+        if not about.get("test_data"):
+            (_, _, df), _ = prepare_splits(df, about.get("balance", "auto"))
     else:
         part = "all"
         path = find_data(args)
@@ -1469,16 +1529,20 @@ def cmd_evaluate(args):
         print(f"Confusion matrix (row: true, column: predicted)\n{confusion.to_string()}")
 
 
-def read_texts(path, text_column, trained_column, encoding):
+def read_texts(path, text_column, about, encoding):
     """Yield lists of texts: of a table, of the lines of another file, or of standard input as they come."""
+    column = text_column or about.get("text_column") or "text"
+    label_column = about.get("label_column") or "label"
     if path == "-" and not text_column:
-        yield from read_lines(sys.stdin.buffer, encoding)
+        for lines in read_lines(sys.stdin.buffer, encoding):
+            if looks_like_table("".join(lines[:1]), column, label_column):
+                note("standard input is read as lines; --text-column NAME reads it as a table")
+            yield lines
         return
     with reading(path, "a file of texts"):
         text = read_text(path, encoding)
-    column = text_column or trained_column or "text"
     named = re.search(r"\.(csv|tsv|jsonl?)(\.gz)?$", path.lower())
-    if text_column or named or looks_like_table(text, column):
+    if text_column or named or looks_like_table(text, column, label_column):
         note(f"{path} is read as a table, column {column!r}")
         with reading(path, "a table of texts"):
             table = parse_table(text)
@@ -1504,7 +1568,7 @@ def decode_lines(content, encoding):
         encoding = encoding or guess_encoding(content, "standard input")
         if encoding.lower().startswith("utf-16"):
             raise ValueError("UTF-16")
-        return lines_of(content.decode(encoding))
+        return lines_of(content.decode(encoding).removeprefix("\ufeff"))
 
 
 def lines_of(text):
@@ -1529,8 +1593,7 @@ def cmd_classify(args):
         note(f"{text!r} is taken as a text; --input reads a file")
     chunks = [args.texts]
     if not args.texts:
-        trained_column = classifier.about.get("text_column")
-        chunks = read_texts(args.input or "-", args.text_column, trained_column, args.encoding)
+        chunks = read_texts(args.input or "-", args.text_column, classifier.about, args.encoding)
     for texts in filter(None, chunks):
         probabilities = classifier.predict(texts)
         best = probabilities.argmax(dim=-1)

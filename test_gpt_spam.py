@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -368,6 +369,18 @@ def test_a_test_frame_of_ones_own_leaves_all_else_to_training_and_validation():
         g.prepare_splits(THREE, test=test.assign(Label="d"))
 
 
+def test_a_label_without_a_training_message_is_named(capsys):
+    frames, _ = g.prepare_splits(pd.concat([THREE, pd.DataFrame({"Label": ["d"], "Text": ["once"]})]))
+    assert "d" not in set(frames[0]["Label"]) and "has the labels ['d']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("frame", [
+    THREE.rename(columns=str.lower), THREE.assign(Text=5), THREE.assign(Label=[None, *THREE["Label"][1:]])])
+def test_a_frame_without_labels_and_texts_is_refused(frame):
+    with pytest.raises(ValueError, match="Label and Text|needs a label"):
+        g.prepare_splits(frame)
+
+
 def test_a_mistyped_balance_is_an_error():
     with pytest.raises(ValueError, match="balance must be one of auto, .*'weight'"):
         g.prepare_splits(THREE, "weight")
@@ -633,6 +646,42 @@ def test_only_a_whole_classifier_is_loaded_or_saved_and_runs_no_code(classifier,
     assert os.listdir() == ["bad.pth"]
 
 
+def test_a_classifier_with_labels_of_pandas_and_lora_reopens(tmp_path):
+    numbers = small_frame()["Label"].map({"ham": 0, "spam": 1}).astype("Int64")
+    splits, _ = g.prepare_splits(small_frame().assign(Label=numbers), "none")
+    made, _ = g.finetune(GPTModel(BASE_CONFIG), TOKENIZER, splits, epochs=1)
+    replace_linear_with_lora(made.model, rank=2, alpha=2)
+    expected = made.predict("hello")
+    g.save_classifier(tmp_path / "c.pth", made)
+    reopened = g.load_classifier(tmp_path / "c.pth")
+    assert reopened.labels == [0, 1] and torch.equal(reopened.predict("hello"), expected)
+
+
+@pytest.mark.parametrize("about, disk, error", [
+    ({}, RuntimeError("unexpected pos"), OSError),
+    ({"path": Path("a")}, None, pickle.UnpicklingError)], ids=str)
+def test_what_cannot_be_saved_or_reopened_is_an_error_at_once(
+        classifier, tmp_path, monkeypatch, about, disk, error):
+    def full_disk(content, file):
+        raise disk
+
+    if disk:
+        monkeypatch.setattr(torch, "save", full_disk)
+    classifier.about = about
+    (tmp_path / "c.pth").write_text("the classifier before")
+    with pytest.raises(error):
+        g.save_classifier(tmp_path / "c.pth", classifier)
+    assert (tmp_path / "c.pth").read_text() == "the classifier before" and os.listdir(tmp_path) == ["c.pth"]
+
+
+def test_a_text_that_is_longer_than_in_training_is_cut_with_a_note(classifier, capsys):
+    g.note.cache_clear()
+    classifier.predict("short")
+    assert capsys.readouterr().err == ""
+    classifier.predict(["a message that is longer than ten tokens"] * 2)
+    assert capsys.readouterr().err.count("are cut to 10 tokens") == 1
+
+
 def test_a_state_dict_of_the_chapters_code_opens_with_its_model(classifier, micro, tmp_path):
     state = {**classifier.model.state_dict(), "trf_blocks.0.att.mask": torch.ones(3, 3)}
     torch.save(state, tmp_path / "review_classifier.pth")
@@ -766,10 +815,13 @@ def test_two_processes_and_accumulated_batches_train_as_one_large_batch(tmp_path
         assert metrics[name] == expected[name]
 
 
-def test_two_processes_that_fail_say_why_once(tmp_path):
-    done = torchrun(*train_arguments(tmp_path, "--lr", 1e30))
+@pytest.mark.parametrize("model, option, value, said", [
+    (MICRO, "--lr", 1e30, "the loss is"),  # in both
+    ("124M", "--mirror", DEAD, "cannot download")])  # in the first
+def test_two_processes_that_fail_say_why_once(tmp_path, model, option, value, said):
+    done = torchrun(*train_arguments(tmp_path, option, value, model=model))
     assert done.returncode != 0 and "without an active exception" not in done.stderr
-    assert done.stderr.count("gpt_spam: error: the loss is") == 1
+    assert done.stderr.count(f"gpt_spam: error: {said}") == 1 and "[rank" not in done.stderr
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -815,9 +867,12 @@ def test_train_and_classify_read_every_row_and_pound_sign_from(use, tmp_path, na
     ("label,text\nham,привет\n".encode("cp1251"), "cp1251", [["ham", "привет"]], ""),
     (b"label,text\nham ,a\nHam,b\n", None, [["ham", "a"], ["Ham", "b"]], "differ in case only: Ham, ham"),
     (b"label,TEXT,text,Text\nham,a,b,c\n", None, [["ham", "b"]], ""),  # the exact name wins
+    (b"\xef\xbb\xbflabel,text\nham,hi\n", "utf-8", [["ham", "hi"]], ""),
+    (b'label\ttext\nham\t"a\nspam\tb"\n', None, [["ham", "a\nspam\tb"]], "a quotation mark left open"),
     (b"label,text\nham, \n", None, [["ham", " "]], "1 of 1 texts in")], ids=str)
 def test_what_may_be_wrong_with_a_table_is_said(tmp_path, capsys, content, encoding, found, said):
     (tmp_path / "a.csv").write_bytes(content)
+    g.note.cache_clear()
     assert g.read_messages(tmp_path / "a.csv", encoding=encoding).values.tolist() == found
     assert said in capsys.readouterr().err
 
@@ -829,6 +884,8 @@ def test_what_may_be_wrong_with_a_table_is_said(tmp_path, capsys, content, encod
     (b"text,label\nok,x\nno\n", "1 of 2 messages .*no label, first 'no'"),
     (b"label,text\nham,a\n,lost\n ,b\n", "2 of 3 messages .* have no label, first 'lost'"),
     (b'{"text": "a", "label": null}\n', "1 of 1 messages .*no label"), (b"", "not a table"),
+    (b"label,text\n", "has no rows"), (b"TEXT,Text,label\na,b,c\n", "several columns 'text'"),
+    (b'{"label": "a", "text": ["b"]}\n', "has objects or lists, no texts"),
     (b'{"text": "a"}\n', "no column 'label'"), (b'{"text": \n', "not a table"),
     (b"PK\3\4\0\0\0\0", "a binary file, such as Excel, zip"), (b"\x1f\x8b\x08broken", "not a table"),
 ], ids=str)
@@ -936,6 +993,7 @@ def test_train_prints_the_chapters_log_and_keeps_its_numbers(trained):
     assert re.search(r"Ep 1 \(Step 000000\): Train loss \d\.\d{3}, Val loss \d\.\d{3}", out)
     assert re.search(r"\nTraining accuracy: [\d.]+% \| Validation accuracy: [\d.]+%\n", out)
     assert re.search(r"You are a winner .*\(true label: spam\)\n", out)
+    assert re.search(r"32 / 4 / 10 messages, of these labels: (ham|spam) 23, (ham|spam) 23\n", out)
     counts = [len(metrics["train_loss"]), len(metrics["val_accuracy"]), metrics["examples_seen"]]
     assert counts == [3, 2, 64]
     accuracies = "{:.2%} / {:.2%} / {:.2%}".format(*metrics["final_accuracy"])
@@ -949,14 +1007,17 @@ def test_own_labels_columns_and_test_table_are_found_again_from_any_folder(run, 
     monkeypatch.chdir(tmp_path)
     df = small_frame()
     frame = pd.DataFrame({"stars": df["Label"].map({"ham": 5, "spam": 1}), "review": df["Text"]})
-    frame.drop(frame.index[::4]).to_csv("r.csv", index=False)
+    frame["review"] += "\rbye"  # a lone carriage return, as in cells of Excel
+    frame.drop(frame.index[::4]).to_json("r.jsonl", orient="records", lines=True)
     frame[::4].to_json("t.jsonl", orient="records", lines=True)
     options = ["--text-column", "review", "--label-column", "stars", "--test-data", "t.jsonl"]
-    train(tmp_path, *options, data="r.csv")
-    assert set(pd.read_csv("d/test.csv")["Label"]) == {1, 5}  # the labels as they were
+    train(tmp_path, *options, data="r.jsonl")
+    assert pd.read_csv("d/test.csv")["Label"].tolist() == frame["stars"][::4].tolist()  # as they were
     monkeypatch.chdir(HERE)
     status, out, err = run("evaluate", "--weights-dir", tmp_path / "w")
     assert re.search(r"(?s)test split: 12 messages.*\n5 ", out), err
+    (tmp_path / "t.jsonl").write_text('{"stars": 5, "review": "another"}\n')
+    assert "SHA-256" in run("evaluate", "--weights-dir", tmp_path / "w")[2]
 
 
 def test_more_than_two_labels_end_with_a_table_of_each(run, tmp_path):
@@ -1016,9 +1077,16 @@ def test_by_token_reads_each_beginning_as_classify_does(trained, use):
     assert re.fullmatch(r"(ham|spam)\t[01]\.\d{4}\t", out[-1])  # an empty text has no tokens
 
 
-def test_a_column_of_standard_input_is_read(use, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"id,body\n1,hello\n")))
-    assert use("classify", "--text-column", "body")[1].endswith("\thello\n")
+def test_standard_input_is_a_table_where_a_column_is_named_else_lines_with_a_note(use, monkeypatch):
+    for option, said, answers in (("--text-column=text", "as a table", 1), ("--by-token", "as lines", 2)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"label,text\nham,hello\n")))
+        _, out, err = use("classify", option)
+        assert said in err and len(re.findall(r"^(?:ham|spam)\t", out, re.MULTILINE)) == answers
+
+
+def test_a_header_with_the_columns_of_training_is_known():
+    assert g.looks_like_table("Stars;Review\n", "review", "stars")
+    assert not g.looks_like_table("Stars;Review\n", "text", "label")
 
 
 def test_lines_of_standard_input_are_answered_as_they_come_until_the_pipe_is_closed(trained):
@@ -1071,6 +1139,9 @@ def test_without_any_network_the_bundled_model_and_messages_are_used_and_named(r
     (f"train --model 124M --mirror {DEAD} --text-column txet", "no column 'txet'"),
     ("train --data nowhere.tsv", "nowhere.tsv"), ("train --data nowhere.tsv --out .", "cannot write"),
     *[(f"train --data nowhere.tsv --{option} d.tsv/file", "d.tsv") for option in ("out", "plot", "metrics")],
+    ("train --data nowhere.tsv --out same --metrics same", "same would be overwritten"),
+    ("train --data stars.csv --test-data ./stars.csv", "is --data itself"),
+    ("experiments --data sample --model tiny --no-padding --rows 1 19", "requires --batch-size 1"),
     ("train --data test.csv --data-dir .", "test.csv would be overwritten"),
     ("train --data stars.csv", "no column 'label'"), ("train --lr 1e30", "try a smaller --lr"),
     ("train --batch-size 0", "at least 1, got 0"), ("train --epochs -1", "epochs must be at least 1, got -1"),
@@ -1084,6 +1155,7 @@ def test_without_any_network_the_bundled_model_and_messages_are_used_and_named(r
     ("classify --classifier c.pth --threshold 2 hi", "--threshold needs 0 to 1"),
     ("classify --classifier c.pth --input nonsense.jsonl", "nonsense.jsonl is not a table of texts"),
     ("classify --classifier c.pth --input stars.csv", "no column 'text'"),
+    ("evaluate --classifier changed.pth --text-column a", "need --data"),
     ("evaluate --classifier c.pth", "set --data"), ("evaluate --classifier changed.pth", "SHA-256"),
     ("evaluate --classifier c.pth --data eggs.csv", "['eggs']"),
 ])
