@@ -704,7 +704,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     for block in model.trf_blocks:
         block.att.causal = causal_mask
     model.to(device).eval()
-    print("The pretrained model continues a text; without instruction finetuning it answers no question:")
+    print("Before finetuning the model continues a text; it was not trained to answer a question:")
     print_continuation("Every effort moves you", model, tokenizer, max_new_tokens=15)
     print_continuation(SPAM_PROMPT, model, tokenizer, max_new_tokens=23)
 
@@ -992,7 +992,7 @@ def cache_hidden_states(model, datasets, num_cached, device):
         print(f"The frozen blocks run in each epoch: to keep their output, {size / 1e6:,.0f} MB, would take "
               "over half of the memory")
         return datasets, 0
-    print(f"The frozen blocks' output never changes: computed once and kept, {size / 1e6:,.0f} MB")
+    print(f"The frozen blocks' output never changes: computed once and kept in memory, {size / 1e6:,.0f} MB")
 
     def frozen(ids, positions):
         return blocks(model.embed(ids))  # (batch, tokens, emb)
@@ -1391,7 +1391,8 @@ def cmd_train(args):
     changed = [name for name in settings if settings[name] != SETTINGS[name]]
     given = [f"{name} {settings[name]}" for name in changed if name in args]
     suited = [f"{name} {settings[name]}" for name in changed if name not in args]
-    print("Changed from the chapter:", ", ".join(given) or "nothing")
+    if given or not suited:
+        print("Changed from the chapter:", ", ".join(given) or "nothing")
     if suited:
         print("Settings of the bundled model:", ", ".join(suited))
 
@@ -1400,7 +1401,8 @@ def cmd_train(args):
     print(f"Training / validation / test: {joined(map(len, splits), ',')} messages,",
           f"of these labels: {', '.join(counts)}")
     if len(splits[2]) < 100:
-        note(f"only {len(splits[2])} test messages: each is {1 / len(splits[2]):.1%} of the accuracy")
+        note(f"only {len(splits[1])} validation and {len(splits[2])} test messages: each of the latter is "
+             f"{1 / len(splits[2]):.1%} of the accuracy")
     classifier, results = finetune(model, tokenizer, splits, class_weights, args.device, **settings)
     rank, _ = get_rank_and_world_size()
     if rank > 0:
@@ -1450,7 +1452,7 @@ def check_outputs(outputs, inputs):
         taken.append(path.resolve())
     replaced = [os.path.relpath(path) for path in outputs if path.is_file()]
     if replaced:
-        note(f"this replaces {', '.join(replaced)}")
+        note(f"the training will replace {', '.join(replaced)}")
 
 
 def cmd_experiments(args):
@@ -1478,7 +1480,7 @@ def cmd_experiments(args):
             _, model, tokenizer, settings = open_model(row_args)
             _, results = finetune(model, tokenizer, *prepared, args.device, **settings)
             minutes = (time.perf_counter() - start_time) / 60 * (len(rows) / done - 1)
-            print(f"Row {row}, {done} of {len(rows)}: about {minutes:.0f} minutes left")
+            print(f"Row {row} done, {done} of {len(rows)}; about {minutes:.0f} min left")
         accuracies = joined(results["final_accuracy"]).replace("/", "|")
         print(f"| {row} | {' '.join(options)} | {accuracies} | {published}% |")
 
@@ -1513,6 +1515,8 @@ def cmd_evaluate(args):
     else:
         part = "all"
         path = find_data(args)
+        if about.get("data") in (args.data, os.path.abspath(path)):
+            part = "all, those of training too"
         text_column = args.text_column or about.get("text_column")
         label_column = args.label_column or about.get("label_column")
         df = read_messages(path, text_column, label_column, args.encoding)
@@ -1625,16 +1629,16 @@ train experiments: the book's hyperparameters: The defaults are the chapter's.
 --weight-decay RATE: AdamW's weight decay
 --eval-freq N: batches between logged losses
 --eval-iter N: batches averaged for a log line
---seed N: of new weights and the order of batches
+--seed N: for new weights and the order of batches
 
 train experiments: the seven questions: Asked by the book's author; `experiments` runs his table.
 --trainable-layers: to train; last_layer: the head alone
 --token-pos: the position whose logits are used, or the mean of all
 --causal-mask: no attention to later tokens
 --lora-rank N: rank of LoRA's matrices
---lora-alpha X: factor of LoRA's output
+--lora-alpha X: factor of LoRA's product A @ B
 --weights: initial weights
---padding: pad messages to --context-length
+--padding: pad messages to --context-length; --no-padding is faster
 --context-length N: in tokens: longest (training message), model (its limit) or a number
 --accumulation-steps N: batches per update
 --balance: auto: undersample ham and spam, weight the loss for other labels
@@ -1647,30 +1651,30 @@ train experiments: test split: Without a file of its own it is a fifth of --data
 
 train evaluate experiments: data: A table has a column of labels and one of texts.
 --data FILE: auto (sms; offline: sample), sms, sample, a CSV, TSV or JSON lines file
---label-column NAME: of the labels; without: label
+--label-column NAME: column of the labels; without: label
 
 classify: texts: As arguments, in a file, or, without both, lines of standard input.
 --input FILE: a table or lines of text
 --by-token: show the probability after each token, too
---threshold P: answer the second of two labels from this probability on
+--threshold P: answer spam, or the second of two labels, from this probability on
 
 train classify evaluate experiments: model and files: What is not there is downloaded once.
 --model NAME: auto (124M; offline: tiny), 124M, 355M, 774M, 1558M, tiny, an .npz or a checkpoint folder
 --device NAME: cpu, cuda, mps or auto
---weights-dir FOLDER: of models and the classifier
---data-dir FOLDER: of SMS data and splits
+--weights-dir FOLDER: for models and the classifier
+--data-dir FOLDER: for the SMS data and the splits
 --mirror URL: of a server with OpenAI's and UCI's paths
 --verify: check the SHA-256 of downloads
---text-column NAME: of the texts; without: text
+--text-column NAME: column of the texts; without: text
 --encoding NAME: of text files that are neither UTF-8, UTF-16 nor Windows-1252
 
 train: results: Each file is complete or not written.
---out FILE: of the classifier; without: WEIGHTS_DIR/spam_classifier.pth
+--out FILE: for the classifier; without: WEIGHTS_DIR/spam_classifier.pth
 --metrics FILE: for accuracies and losses as JSON
 --plot FOLDER: for pictures of loss and accuracy
 
 classify evaluate: classifier: It carries tokenizer and labels; a plain state_dict takes them from --model.
---classifier FILE: without: where train saves it
+--classifier FILE: what train saved; without: where train saves it
 """
 DEFAULTS = SETTINGS | {
     "model": "auto", "data": "auto", "balance": "auto", "device": "auto", "weights_dir": HERE / "weights",
@@ -1697,7 +1701,7 @@ def build_parser():
         if run is cmd_experiments:
             numbers = range(1, len(EXPERIMENTS) + 1)
             command.add_argument("--rows", nargs="+", type=int, choices=numbers, metavar="N",
-                                 help="rows of the book's table (default: all of --model)")
+                                 help="of the book's table; some name a --model (default: all of --model)")
     return parser
 
 

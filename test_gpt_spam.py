@@ -984,7 +984,7 @@ def test_train_from_a_mirror_writes_its_files_and_what_it_was_trained_on(trained
 def test_training_again_needs_no_network_and_names_what_it_replaces(trained, run):
     folder, metrics, _ = trained
     status, _, err = run(*train_arguments(folder, "--mirror", DEAD, model="124M", data="sms"))
-    assert re.search(r"this replaces \S*spam_classifier.pth, \S*train.csv, \S*validation.csv, \S*test", err)
+    assert re.search(r"will replace \S*spam_classifier.pth, \S*train.csv, \S*validation.csv, \S*test", err)
     assert status == 0 and json.loads((folder / "m.json").read_text())["train_loss"] == metrics["train_loss"]
 
 
@@ -1034,6 +1034,8 @@ def test_evaluate_measures_on_the_test_split_or_on_any_table(trained, use):
     accuracy = trained[1]["final_accuracy"][2]
     assert f"test split: 10 messages, accuracy {accuracy:.2%}" in use("evaluate")[1]
     assert "all: 32 messages" in use("evaluate", "--data", trained[0] / "d" / "train.csv")[1]
+    source = trained[0] / "d" / "SMSSpamCollection.tsv"
+    assert "all, those of training too: 53 messages" in use("evaluate", "--data", source)[1]
 
 
 def test_many_labels_are_shown_whole_and_errors_instead_of_a_matrix(use, tmp_path):
@@ -1108,7 +1110,7 @@ def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path):
     (tmp_path / "d.tsv").write_bytes(as_uci(small_frame()))
     _, out, err = run("experiments", "--model", MICRO, "--data", tmp_path / "d.tsv", *rows)
     table = [line.strip("| ").split(" | ") for line in out.splitlines()[2:]]
-    assert [row[0] for row in table] == ["1", "16", "18", "19"] and "Row 16, 2 of 4: about" in err, err
+    assert [row[0] for row in table] == ["1", "16", "18", "19"] and "Row 16 done, 2 of 4; about" in err, err
     assert [row[1] for row in table] == ["", "--no-padding", "", "--token-pos mean"]
     assert [row[5] for row in table] == ["95.00%", "98.33%", "95.00%", "96.33%"]
     assert table[0][2:5] == table[2][2:5]
@@ -1171,7 +1173,7 @@ def test_bad_input_is_one_error_and_status_2(run, classifier, tmp_path, monkeypa
     status, out, err = run(*(train_arguments(tmp_path, *args) if name == "train" else [name, *args]))
     *notes, error = err.splitlines()
     assert status == 2 and error.startswith("gpt_spam: error: ") and said in error
-    assert all(line.startswith("gpt_spam: note: ") and "replaces" not in line for line in notes)
+    assert all(line.startswith("gpt_spam: note: ") and "replace" not in line for line in notes)
     assert not (out and name == "classify") and not Path("w", "spam_classifier.pth").exists()
 
 
