@@ -1409,11 +1409,6 @@ def cmd_train(args):
         return
     if bundled:
         print(f"Note:{bundled}")
-    labels = classifier.labels
-    if len(labels) > 2:
-        predicted = [label for label, _ in classifier.classify(splits[2]["Text"])]
-        _, table, _ = calc_metrics(splits[2]["Label"], predicted, labels)
-        print(table.round(4).to_string())
     classifier.about = settings | {name: getattr(args, name) for name in ("balance", *READING_OPTIONS)}
     classifier.about |= {
         "model": str(model_file), "note": bundled, "sha256": sha256,
@@ -1423,7 +1418,7 @@ def cmd_train(args):
     for path, split in zip(split_files, splits):
         with atomic_write(path) as temporary:
             split.to_csv(temporary, index=False, quoting=csv.QUOTE_ALL)  # else a lone "\r" ends a row
-    if labels == ["ham", "spam"]:
+    if classifier.labels == ["ham", "spam"]:
         for true_label, text in (("spam", SPAM_MESSAGE), ("ham", HAM_MESSAGE)):
             [(label, probability)] = classifier.classify(text)
             print(f"{label}  {probability:.4f}  {text}  (true label: {true_label})")
