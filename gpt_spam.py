@@ -1381,6 +1381,7 @@ def cmd_train(args):
     check_outputs([out, *split_files, *plot_files, *metrics_files], inputs)
     data_file, df, test = open_data(args)
     sha256 = sha256_of(args.test_data or data_file)  # now, as the file may change while training
+    splits, class_weights = prepare_splits(df, args.balance, test)  # before a model is downloaded
     model_file, model, tokenizer, settings = open_model(args)
     bundled = " (bundled model, not GPT-2)" if model_file.resolve() == TINY else ""
     is_sample = data_file.resolve() == SAMPLE
@@ -1395,8 +1396,6 @@ def cmd_train(args):
         print("Changed from the chapter:", ", ".join(given) or "nothing")
     if suited:
         print("Settings of the bundled model:", ", ".join(suited))
-
-    splits, class_weights = prepare_splits(df, args.balance, test)
     counts = [f"{label} {count:,}" for label, count in pd.concat(splits)["Label"].value_counts().items()]
     print(f"Training / validation / test: {joined(map(len, splits), ',')} messages,",
           f"of these labels: {', '.join(counts)}")

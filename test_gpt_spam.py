@@ -1140,6 +1140,7 @@ def test_without_any_network_the_bundled_model_and_messages_are_used_and_named(r
     ("train --model .", "not a checkpoint in OpenAI's layout"),
     (f"train --model 124M --mirror {DEAD}", f"{DEAD}/gpt-2/models/124M/"),
     (f"train --model 124M --mirror {DEAD} --text-column txet", "no column 'txet'"),
+    (f"train --model 124M --mirror {DEAD} --data eggs.csv", "20 with two labels are needed"),
     ("train --data nowhere.tsv", "nowhere.tsv"), ("train --data nowhere.tsv --out .", "cannot write"),
     *[(f"train --data nowhere.tsv --{option} d.tsv/file", "d.tsv") for option in ("out", "plot", "metrics")],
     ("train --data nowhere.tsv --out same --metrics same", "same would be overwritten"),
