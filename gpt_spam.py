@@ -1107,7 +1107,7 @@ def parse_table(text):
     if not isinstance(df.index, pd.RangeIndex):
         raise ValueError("its rows have more fields than its header; quote the texts, or name all columns")
     if separator == "\t" and not names:
-        spanning = df.stack().str.contains("\n.*\t").sum()
+        spanning = sum(df[column].str.contains("\n.*\t").sum() for column in df.columns)
         if spanning > 0:
             note(f"{spanning} fields hold several lines with tabs; is a quotation mark left open there?")
     return df
