@@ -868,7 +868,8 @@ def save_classifier(path, classifier):
                 torch.save(content, file)
         except RuntimeError as error:  # PyTorch's error for a full disk
             raise OSError(f"cannot write {path}: {error}") from None
-        torch.load(temporary, mmap=True, weights_only=True)  # an error now, not when it is needed
+        if temporary.is_file():  # not /dev/null
+            torch.load(temporary, mmap=True, weights_only=True)  # an error now, not when it is needed
 
 
 def load_classifier(path, device="cpu", pretrained=None):
@@ -1500,7 +1501,7 @@ def cmd_evaluate(args):
         if args.text_column or args.label_column or args.encoding:
             raise ValueError("--text-column, --label-column and --encoding need --data")
         args.data = about.get("test_data") or about["data"]
-        path = find_data(args)
+        path = on_first_process(find_data, args)
         if args.verify:
             check_sha256(path, about.get("sha256"))  # else training messages may be in the test split
         df = read_messages(path, *[about.get(name) for name in READING_OPTIONS])
@@ -1508,7 +1509,7 @@ def cmd_evaluate(args):
             (_, _, df), _ = prepare_splits(df, about.get("balance", "auto"))
     else:
         part = "all"
-        path = find_data(args)
+        path = on_first_process(find_data, args)
         if about.get("data") in (args.data, os.path.abspath(path)):
             part = "all, those of training too"
         text_column = args.text_column or about.get("text_column")

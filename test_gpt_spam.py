@@ -652,6 +652,7 @@ def test_a_classifier_with_labels_of_pandas_and_lora_reopens(tmp_path):
     made, _ = g.finetune(GPTModel(BASE_CONFIG), TOKENIZER, splits, epochs=1)
     replace_linear_with_lora(made.model, rank=2, alpha=2)
     expected = made.predict("hello")
+    g.save_classifier(os.devnull, made)
     g.save_classifier(tmp_path / "c.pth", made)
     reopened = g.load_classifier(tmp_path / "c.pth")
     assert reopened.labels == [0, 1] and torch.equal(reopened.predict("hello"), expected)
