@@ -294,7 +294,10 @@ def download_gpt2(model_size, models_dir):
     for name in CHECKPOINT_FILES:
         urls = [f"{base}/{model_size}/{name}" for base in MODEL_URLS]
         sha256 = MODEL_SHA256.get(name, MODEL_SHA256.get(f"{model_size}/{name}"))
-        download(urls, folder / name, check=partial(check_sha256, expected=sha256))
+        try:
+            download(urls, folder / name, check=partial(check_sha256, expected=sha256))
+        except requests.RequestException as error:
+            raise type(error)(f"{error}, and the others of {', '.join(CHECKPOINT_FILES)} likewise") from error
     try:
         convert_checkpoint(folder, path)
     except ValueError:  # wrong content: the next call downloads it anew
@@ -1125,8 +1128,8 @@ def decode(content, source):
 def read_lines(stream, source):
     """Yield lists of the lines of a byte stream, each as soon as it has arrived."""
     rest = b""
-    for chunk in iter(partial(stream.read1, 1 << 18), b""):
-        if chunk.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in chunk:
+    for number, chunk in enumerate(iter(partial(stream.read1, 1 << 18), b"")):
+        if number == 0 and chunk.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in chunk:
             raise ValueError(f"{source} is UTF-16; lines are read in UTF-8")
         *lines, rest = (rest + chunk).splitlines(keepends=True)
         if rest.endswith(b"\n"):  # "\r" may be half of "\r\n"

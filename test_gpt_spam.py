@@ -362,7 +362,7 @@ def test_book_appendix_e_trains_two_matrices_beside_each_layer_and_merges_them(b
     lora = [param for param in spam_model.parameters() if param.requires_grad]
     assert sum(map(torch.numel, lora)) == 16 * (2 * (attention + feed_forward) + head)
     for param in lora:
-        nn.init.normal_(param)
+        nn.init.normal_(param, std=0.1)
     changed, x, layer = spam_model(ids), torch.randn(4, 16), spam_model.trf_blocks[0].ff.layers[0]
     expected = layer.linear(x) + 8 / 16 * (x @ layer.lora.A @ layer.lora.B)  # alpha / rank
     torch.testing.assert_close(layer(x), expected)
@@ -437,7 +437,6 @@ def test_other_labels_and_frames_are_prepared_or_refused():
 def test_dataset_pads_to_the_longest_and_cuts(tmp_path):
     def ids_of(data, **options):
         return [ids.tolist() for ids, _ in SpamDataset(data, TOKENIZER, **options)]
-
     frame = pd.DataFrame({"Text": ["a", "abcabcabc", ""], "Label": [0, 1, 0]})
     frame.to_csv(tmp_path / "a.csv", index=False)
     short, long = TOKENIZER.encode_ordinary("a"), TOKENIZER.encode_ordinary("abcabcabc")
@@ -632,9 +631,8 @@ def test_training_and_the_saved_classifier_equal_a_plain_loop(tmp_path, settings
 
 @pytest.mark.parametrize("processes, missing", [(1, 0), (1, 1), (2, 0), (2, 1)])
 def test_hidden_states_take_half_of_the_memory_at_most(tmp_path, monkeypatch, capsys, processes, missing):
-    size = 46 * LONGEST * 16 * 4  # messages, tokens, emb, bytes
-    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2 * processes * size - missing}
-    monkeypatch.setattr(os, "sysconf", memory.get)
+    pages = 2 * processes * 46 * LONGEST * 16 * 4 - missing  # twice messages * tokens * emb * bytes
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": pages}.get)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     test_training_and_the_saved_classifier_equal_a_plain_loop(tmp_path, {})
     assert ("computed once" in capsys.readouterr().out) == (missing == 0)
@@ -783,12 +781,11 @@ def test_each_line_has_one_answer_however_the_bytes_arrive(size):
         pieces = iter([content[i:i + size] for i in range(0, len(content), size)])
         stream = SimpleNamespace(read1=lambda limit: next(pieces, b""))
         return [line for lines in g.read_lines(stream, "a stream") for line in lines]
-
     content = ("\ufeffhello\n\n😀 ü\r\nlone\rreturn\r\r\n".encode() + "£5 “now”\n".encode("cp1252")
                + "£6 “now”\n".encode() + b"a\0b\x85c\n\xc3\xa9\x85\n \xe2\x80\xa8\n\xffend")
     assert lines_of(content) == ["hello", "", "😀 ü", "lone", "return", "", "£5 “now”", "£6 “now”", "a\0b…c",
                                  "Ã©…", " \u2028", "ÿend"]
-    assert lines_of(b"one\n\xff\xfeabc\n3\n")[::2] == ["one", "3"]
+    assert lines_of(b"four\n\xff\xfea\0\n6\n")[::2] == ["four", "6"]
 
 
 CONTENT = np.random.default_rng(0).bytes(4 << 20)
@@ -796,15 +793,14 @@ RIGHT = partial(g.check_sha256, expected=hashlib.sha256(CONTENT).hexdigest())
 
 
 @pytest.mark.parametrize("part, faults, starts", [
-    (None, [], [0]), (None, ["broken"], [0, 0]), (None, ["broken"] * 3, [0, 0, 0, 0]),
-    (None, ["cut"], [0, 2 << 20]), (None, ["cut", "cut"], [0, 2 << 20, 3 << 20]),
-    (None, ["reversed"], [0, 0]), (None, ["cut", "reversed"], [0, 2 << 20, 0]),
-    (None, ["cut", "no ranges"], [0, 2 << 20]), (CONTENT[:99], [], [99]), (b"wrong", [], [5, 0]),
+    (b"", [], [0]), (b"", ["broken"], [0, 0]), (b"", ["broken"] * 3, [0, 0, 0, 0]),
+    (b"", ["cut"], [0, 2 << 20]), (b"", ["cut", "cut"], [0, 2 << 20, 3 << 20]),
+    (b"", ["reversed"], [0, 0]), (b"", ["cut", "reversed"], [0, 2 << 20, 0]),
+    (b"", ["cut", "no ranges"], [0, 2 << 20]), (CONTENT[:99], [], [99]), (b"wrong", [], [5, 0]),
     (CONTENT + b"more", [], [len(CONTENT) + 4, 0])], ids=lambda value: str(value)[:40])
 def test_download_takes_the_backup_resumes_and_ends_right(server, tmp_path, part, faults, starts):
     server.files, server.faults = {"/good": CONTENT, "/backup": CONTENT}, faults.copy()
-    if part is not None:
-        (tmp_path / "f.part").write_bytes(part)
+    (tmp_path / "f.part").write_bytes(part)
     urls = [f"{DEAD}/good", *[f"{server.url}/{name}" for name in ("missing", "good", "backup")]]
     g.download(urls, tmp_path / "f", RIGHT)
     assert (tmp_path / "f").read_bytes() == CONTENT and files_in(tmp_path) == {"f"}
@@ -882,7 +878,6 @@ def test_a_classifier_that_cannot_be_used_says_why_and_runs_no_code(tmp_path, mo
         with pytest.raises(ValueError, match="^.*bad.pth.*$") as caught:
             g.load_classifier("bad.pth")
         return str(caught.value)
-
     monkeypatch.chdir(tmp_path)
     g.save_classifier("bad.pth", untrained_classifier())
     good, content = torch.load("bad.pth", weights_only=True), bytearray(Path("bad.pth").read_bytes())
@@ -976,7 +971,8 @@ def test_classify_prints_label_probability_and_text(trained, use, tmp_path, monk
     content = "\ufeffa, text\n\n<|endoftext|>\r\nlabel,text\rend".encode()
     (tmp_path / "a.txt").write_bytes(content)
     _, out, err = use("classify", "--input", tmp_path / "a.txt")
-    assert [line.split("\t")[2] for line in out.splitlines()] == ["a, text", "", "<|endoftext|>", "label,text", "end"] and err == ""
+    texts = ["a, text", "", "<|endoftext|>", "label,text", "end"]
+    assert [line.split("\t")[2] for line in out.splitlines()] == texts and err == ""
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content), isatty=lambda: True))
     status, again, err = use("classify")  # at a terminal it says how to end
     assert again == out and "Ctrl-D" in err
