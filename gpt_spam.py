@@ -59,7 +59,7 @@ DATA_URLS = (
 DATA_SHA256 = "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"  # of the table in the zip
 
 
-def download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path, sha256=DATA_SHA256):
+def download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path):
     """Download the SMS Spam Collection (UCI, id 228) from `url`, or from the first of several that works."""
     if Path(data_file_path).exists():
         print(f"{data_file_path} already exists. Skipping download and extraction.")
@@ -70,7 +70,7 @@ def download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path, 
             content = archive.open("SMSSpamCollection").read(10_000_000)  # at most: it has 477,907 bytes
         with atomic_write(data_file_path) as temporary:  # the only member that is unpacked
             temporary.write_bytes(content)
-            check_sha256(temporary, sha256)
+            check_sha256(temporary, DATA_SHA256)
 
     download(url, zip_path, check=unzip)
     print(f"File downloaded and saved as {data_file_path}")

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -52,15 +53,13 @@ MICRO = HERE / "weights" / "micro"  # written by TensorFlow 2.21
 BASE_CONFIG = {"vocab_size": 320, "context_length": 1024, "drop_rate": 0.0, "qkv_bias": True,
                "emb_dim": 16, "n_layers": 2, "n_heads": 2}  # of the micro checkpoint
 ENCODER = (MICRO / "encoder.json").read_text()
-TOKENIZER = g.build_tokenizer(ENCODER)
-END = 319  # the id of <|endoftext|>
+TOKENIZER, END = g.build_tokenizer(ENCODER), 319  # the id of <|endoftext|>
 MESSAGES = g.read_messages(HERE / "data" / "sample_sms.tsv")
 DEAD = "http://127.0.0.1:9"  # nobody listens there
 torch.set_num_threads(1)  # the models are small: threads cost more than they give
 
 
 # ---- What the tests share ----
-
 def messages(ham=23, spam=23):
     """Return short bundled messages; of 23 and 23, 32 are trained on, 4 validate, 10 test."""
     df = MESSAGES[MESSAGES["Text"].str.len().between(10, 40)]
@@ -80,7 +79,6 @@ def zipped(content):
 
 
 def train_command(folder, *args):
-    """Return the command line of a short training on the micro checkpoint, into folder/out."""
     if not (folder / "d.tsv").exists():
         (folder / "d.tsv").write_bytes(as_uci(messages()))
     files = ["--model", MICRO, "--data", folder / "d.tsv", "--out", folder / "out"]
@@ -97,12 +95,10 @@ def metrics_in(folder):
 
 
 def padded(text, length):
-    """Return a text's ids as the chapter prepares them."""
     return (TOKENIZER.encode_ordinary(text) + [END] * length)[:length]
 
 
 def untrained_classifier():
-    """Return a classifier of random values, which reads ten tokens of a text."""
     torch.manual_seed(0)
     model = GPTModel(BASE_CONFIG)
     g.add_classification_head(model, 2)
@@ -122,7 +118,6 @@ sys.exit(gpt_spam.main(last))
 
 
 def torchrun(folder, *commands):
-    """Run commands in two processes, which can reach no server; return status, output and errors."""
     shutil.copy(g.__file__, folder)
     (folder / "worker.py").write_text(WORKER)
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "worker.py"]
@@ -138,13 +133,11 @@ def torchrun(folder, *commands):
 
 @pytest.fixture
 def run(capfd):
-    """Run a command line in this process; return its status, output and errors since the last time."""
     return lambda *args: (g.main(list(map(str, args))), *capfd.readouterr())
 
 
 @pytest.fixture(scope="session")
 def micro(tmp_path_factory):
-    """The micro checkpoint, converted, with settings of its own; named as the 124M would be."""
     path = tmp_path_factory.mktemp("micro") / "gpt2-124M.npz"
     g.convert_checkpoint(MICRO, path)
     about = {"about.json": np.frombuffer(b'{"finetune": {"lr": 0.002, "epochs": 1}}', np.uint8)}
@@ -154,7 +147,6 @@ def micro(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The folder of a training with plots, its metrics, and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
     with contextlib.redirect_stdout(io.StringIO()) as log:
         assert g.main(train_command(folder, "--plot")) == 0
@@ -199,15 +191,14 @@ def server(monkeypatch):
 
 
 # ---- The book's own calls, in its order ----
-
 TABLE = as_uci(messages(ham=30))  # stands for UCI's
-TABLE_SHA256 = hashlib.sha256(TABLE).hexdigest()
 
 
 @pytest.fixture
 def book(server, tmp_path, monkeypatch):
     """Sections 6.2 and 6.3 as the book writes them (with another SHA-256); returns the names they make."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(g, "DATA_SHA256", hashlib.sha256(TABLE).hexdigest())
     server.files["/backup.zip"] = zipped(TABLE)
     url, backup_url, zip_path = f"{DEAD}/sms.zip", server.url + "/backup.zip", "sms_spam_collection.zip"
     extracted_path = "sms_spam_collection"
@@ -215,7 +206,7 @@ def book(server, tmp_path, monkeypatch):
     try:
         download_and_unzip_spam_data(url, zip_path, extracted_path, data_file_path)
     except (requests.exceptions.RequestException, TimeoutError):
-        download_and_unzip_spam_data(backup_url, zip_path, extracted_path, data_file_path, TABLE_SHA256)
+        download_and_unzip_spam_data(backup_url, zip_path, extracted_path, data_file_path)
 
     df = pd.read_csv(data_file_path, sep="\t", header=None, names=["Label", "Text"])
     balanced_df = create_balanced_dataset(df)
@@ -259,9 +250,9 @@ def test_book_6_2_and_6_3_download_balance_split_and_load(book, server):
     for input_batch, target_batch in book.train_loader:
         assert input_batch.shape == (8, book.max_length) and target_batch.shape == (8,)
     Path("hand.zip").write_bytes(zipped(TABLE))  # saved by hand, and kept
-    download_and_unzip_spam_data(book.url, "hand.zip", "", "hand.tsv", TABLE_SHA256)
+    download_and_unzip_spam_data(book.url, "hand.zip", "", "hand.tsv")
     assert Path("hand.tsv").read_bytes() == TABLE and Path("hand.zip").exists()
-    for content, said in ((zipped(TABLE), "SHA-256"), (b"<html>", "is not the archive")):
+    for content, said in ((zipped(b"ham\tother"), "SHA-256"), (b"<html>", "is not the archive")):
         server.files["/other.zip"] = content
         with pytest.raises(requests.RequestException, match=said):
             download_and_unzip_spam_data(f"{server.url}/other.zip", "other.zip", "", "other.tsv")
@@ -395,7 +386,6 @@ def test_the_training_loop_lifts_out_with_four_functions_and_nothing_else():
 
 
 # ---- Splits, data set, model and its checkpoint ----
-
 THREE = pd.DataFrame({"Label": ["b"] * 20 + ["a"] * 60 + ["c"] * 10, "Text": [str(i) for i in range(90)]})
 
 
@@ -494,14 +484,13 @@ def test_every_tensor_is_what_tensorflow_wrote(micro, kind):
 
 
 def test_blocks_stand_in_a_checkpoint_in_the_order_of_their_names(tmp_path):
-    """0, 1, 10, 11, 2, ...; each begins with the bias of its queries."""
     sizes, block = {"n_vocab": 320, "n_ctx": 4, "n_embd": 2, "n_head": 1, "n_layer": 12}, (12 * 2 + 13) * 2
     (tmp_path / "hparams.json").write_text(json.dumps(sizes))
     (tmp_path / "encoder.json").write_text(ENCODER)
     np.arange(12 * block + (2 + 4 + 320) * 2, dtype="<f4").tofile(tmp_path / g.DATA_FILE)
     model, _, _ = g.load_pretrained(tmp_path)
     order = [made.att.W_query.bias[0].item() / block for made in model.trf_blocks]
-    assert order == [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 2, 3]
+    assert order == [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 2, 3]  # as 0, 1, 10, 11, 2, ... in the file
 
 
 @pytest.mark.parametrize("file, change, said", [
@@ -521,14 +510,12 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, file, change, said):
 
 
 # ---- Training against a plain loop ----
-
 TRAINED = {"last_layer": "out_head", "last_block": r"out_head|trf_blocks\.1|final_norm", "all": "",
            "last_two_blocks": "out_head|trf_blocks|final_norm", "lora": "out_head"}
 READERS = {"last": lambda logits: logits[-1], "first": lambda logits: logits[0],
            "mean": lambda logits: logits.mean(dim=0)}  # logits (tokens, classes) of one message
 RESULTS = ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "final_accuracy", "steps")
-TRAININGS = [
-    {}, {"seed": 7}, {"weight_decay": 50.0}, {"epochs": 3, "eval_iter": 1}, {"dtype": "bfloat16"},
+TRAININGS = [{}, {"seed": 7}, {"weight_decay": 50.0}, {"epochs": 3, "eval_iter": 1}, {"dtype": "bfloat16"},
     {"trainable_layers": "last_layer"}, {"trainable_layers": "last_two_blocks"}, {"trainable_layers": "all"},
     {"trainable_layers": "lora", "lora_rank": 4, "lora_alpha": 6.0}, {"init": "random", "seed": 7},
     {"token_pos": "first"}, {"token_pos": "mean"}, {"causal_mask": False},
@@ -576,15 +563,12 @@ def plain_training(splits, s):
         rows, is_train = list(zip(texts, (split["Label"] == "spam").astype(int))), not loaders
         loaders.append(DataLoader(rows, s.batch_size, is_train, collate_fn=list, drop_last=is_train))
     model, class_weights = plain_model(s), torch.tensor(s.class_weights)
-
     def logits_and_labels(batch):
         logits = torch.stack([READERS[s.token_pos](model(ids[None])[0]) for ids, _ in batch])
         return logits, torch.tensor([label for _, label in batch])
-
     def loss_of(batch):
         logits, labels = logits_and_labels(batch)
         return (class_weights[labels] * F.cross_entropy(logits, labels, reduction="none")).sum() / len(batch)
-
     def accuracy_of(batches):
         logits, labels = logits_and_labels([row for batch in batches for row in batch])
         return (logits.argmax(dim=-1) == labels).double().mean().item()
@@ -733,7 +717,6 @@ def test_two_processes_that_fail_say_why_once(tmp_path, option, value, said):
 
 
 # ---- Tables, lines, downloads, files ----
-
 @pytest.mark.parametrize("content, found, said", [
     (b"label,text\n ham ,a\nHam,b\n\n \nham, \n", [["ham", "a"], ["Ham", "b"], ["ham", " "]], None),
     (b'LABEL,Text,n\nham,"a\nb",1\nspam,"say ""hi""",2\n', [["ham", "a\nb"], ["spam", 'say "hi"']], None),
@@ -824,8 +807,8 @@ def test_train_downloads_model_and_data_once(server, run, tmp_path, monkeypatch)
                      f"/gpt-2/355M/{g.DATA_FILE}": (MICRO / g.DATA_FILE).read_bytes()[:-4]}
     for name, value in {"HERE": tmp_path, "MODEL_URLS": [f"{server.url}/gpt-2"],
                         "MODEL_SHA256": {"encoder.json": hashlib.sha256(ENCODER.encode()).hexdigest()},
-                        "DATA_URLS": [f"{server.url}/sms.zip"], "download_and_unzip_spam_data":
-                        partial(download_and_unzip_spam_data, sha256=TABLE_SHA256)}.items():
+                        "DATA_URLS": [f"{server.url}/sms.zip"],
+                        "DATA_SHA256": hashlib.sha256(TABLE).hexdigest()}.items():
         monkeypatch.setattr(g, name, value)
     command = train_command(tmp_path, "--model", "auto", "--data", "auto")
     status, out, err = run(*command)
@@ -834,6 +817,9 @@ def test_train_downloads_model_and_data_once(server, run, tmp_path, monkeypatch)
     server.files["/gpt-2/355M/encoder.json"] = b"{}"
     assert "SHA-256" in run(*command, "--model", "355M")[2]  # what was damaged is thrown away
     assert files_in(tmp_path / "weights") == {"gpt2-124M.npz", "355M.download/hparams.json"}
+    server.files["/gpt-2/355M/encoder.json"] = ENCODER.encode()
+    monkeypatch.setitem(g.MODEL_SHA256, f"355M/{g.DATA_FILE}", "0" * 64)
+    assert "data-00000-of-00001.part is" in run(*command, "--model", "355M")[2]  # as its own hash says
     server.files.clear()
     assert run(*command, "--model", "124M", "--data", "sms")[0] == 0
     (tmp_path / "weights" / "gpt2-124M.npz").unlink()
@@ -894,7 +880,6 @@ def test_a_classifier_that_cannot_be_used_says_why_and_runs_no_code(tmp_path, mo
 
 
 # ---- The command line ----
-
 FOLDER = {"classifier.pth", "metrics.json", "train.csv", "validation.csv", "test.csv"}
 
 
@@ -1003,6 +988,22 @@ def test_lines_are_answered_as_they_come_until_the_pipe_is_closed(trained):
     assert re.fullmatch("gpt_spam: warning: standard input .*Windows-1252\n", err)  # once
 
 
+def test_a_classifier_is_the_first_file_to_go_and_the_last_to_come(run, tmp_path, monkeypatch):
+    done, replace, unlink = [], os.replace, Path.unlink
+    monkeypatch.setattr(os, "replace", lambda old, new: (replace(old, new), done.append(Path(new))))
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (unlink(path, **options), done.append(path)))
+    (tmp_path / "out" / ".unfinished" / "of a killed training").mkdir(parents=True)
+    assert run(*train_command(tmp_path, "--epochs", 1))[0] == 0
+    names = [path.name for path in done if path.parent == tmp_path / "out"]
+    assert [name == "classifier.pth" for name in names] == [True] + [False] * (len(names) - 2) + [True]
+    assert files_in(tmp_path / "out") == FOLDER
+
+
+def test_ctrl_c_ends_quietly_with_130(run, monkeypatch):
+    monkeypatch.setattr(g, "load_classifier", lambda *args: signal.raise_signal(signal.SIGINT))
+    assert run("classify", "hi") == (130, "", "")
+
+
 def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path):
     (tmp_path / "d.tsv").write_bytes(TABLE)
     command = ["experiments", "--data", tmp_path / "d.tsv", "--model", MICRO, "--epochs", 1, "--device=cpu"]
@@ -1029,7 +1030,7 @@ def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path):
     ("train --context-length 9999", "9,999"), ("train --lora-rank 17", "lora_rank 17"),
     ("experiments --data stars.csv --model tiny", "0 columns 'label'"),
     ("classify --input a.txt hi", "--input FILE"), ("classify --text-column a hi", "--input FILE"),
-    ("classify --input nowhere.txt", "nowhere.txt"), ("classify --input stars.csv", "0 columns 'text'"),
+    ("classify --input nowhere.txt", "nowhere.txt"), ("classify --input \x1b[2J.csv", " [2J.csv is not a"),
     ("classify --classifier nowhere hi", "train a classifier first"), ("evaluate --classifier no", "train"),
     ("evaluate --data nowhere.tsv", "nowhere.tsv"), ("evaluate --data eggs.csv", "['eggs'] are not among")])
 def test_bad_input_is_one_line_and_status_2(run, trained, tmp_path, monkeypatch, command, said):
@@ -1038,7 +1039,7 @@ def test_bad_input_is_one_line_and_status_2(run, trained, tmp_path, monkeypatch,
         monkeypatch.setattr(g, name, value)
     name, *args = command.split()
     for file, content in {"stars.csv": "review,stars\nfine,5\n", "eggs.csv": "label,text\neggs,hi\n",
-                          "a.txt": "hi\n", "d.tsv": TABLE.decode()}.items():
+                          "\x1b[2J.csv": "review\n", "a.txt": "hi\n", "d.tsv": TABLE.decode()}.items():
         Path(file).write_text(content)
     np.savez("pickled.npz", np.array([{}], dtype=object))
     before = files_in(tmp_path)
