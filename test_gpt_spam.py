@@ -454,8 +454,7 @@ def test_block_equals_pytorch(causal):
     torch.testing.assert_close(ours(x), theirs(x, src_mask=later if causal else None))
 
 
-def micro_values(name, *shape):
-    """What the checkpoint was written from: a variable's values depend on its name and shape only."""
+def micro_values(name, *shape):  # what TensorFlow wrote: it depends on a variable's name and shape only
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"0:model/{name}".encode()).digest(), "little"))
     array = rng.standard_normal(shape, np.float32)
     array *= 0.01 if name == "wpe" else 0.02
@@ -1041,7 +1040,8 @@ def test_bad_input_is_one_line_and_status_2(run, trained, tmp_path, monkeypatch,
     for file, content in {"stars.csv": "review,stars\nfine,5\n", "eggs.csv": "label,text\neggs,hi\n",
                           "\x1b[2J.csv": "review\n", "a.txt": "hi\n", "d.tsv": TABLE.decode()}.items():
         Path(file).write_text(content)
-    np.savez("pickled.npz", np.array([{}], dtype=object))
+    evil = type("Evil", (), {"__reduce__": lambda self: (os.system, ("touch evil-was-here",))})
+    np.savez("pickled.npz", np.array([evil()], dtype=object))
     before = files_in(tmp_path)
     status, out, err = run(*(train_command(tmp_path, *args) if name == "train" else [name, *args]))
     assert status == 2 and re.fullmatch("gpt_spam: error: .*\n", err) and said in err
