@@ -322,7 +322,7 @@ def read_model(path):
         return read_checkpoint(path)
     with reading(path, "is not a model that gpt_spam converted"), np.load(path, allow_pickle=False) as npz:
         files = [name for name in npz if name.endswith((".json", ".bpe"))]
-        params = {name: npz[name].astype(np.float32, copy=False) for name in npz if name not in files}
+        params = {name: np.asarray(npz[name], np.float32) for name in npz if name not in files}
         return {name: npz[name].tobytes().decode() for name in files}, params
 
 
@@ -449,6 +449,7 @@ def merge_lora(model):
     """Turn each layer with LoRA into one plain linear layer with the same output."""
     for name, module in model.named_children():
         if isinstance(module, LinearWithLoRA):
+            merge_lora(module)  # LoRA beside LoRA: the inner one first
             module.linear.weight.data = module.weight.detach()
             setattr(model, name, module.linear)
         else:
@@ -1075,7 +1076,7 @@ def read_columns(path, names):
         if text.startswith("["):
             df = pd.DataFrame(json.loads(text), dtype=object)
         elif text.startswith("{"):  # JSON lines
-            df = pd.DataFrame([json.loads(line) for line in text.split("\n")], dtype=object)
+            df = pd.DataFrame([json.loads(line) for line in text.split("\n") if line.strip()], dtype=object)
         else:
             df = read_csv(text)
         df.columns = [str(column).strip().lower() for column in df]
@@ -1287,6 +1288,9 @@ def cmd_train(args):
     for path in (args.data, args.test_data or ""):
         if Path(path).resolve() in [out / name for name in RESULT_FILES]:
             raise ValueError(f"{path} would be replaced by a file in {out}; choose another --out")
+    existing = [name for name in RESULT_FILES if (out / name).exists()]
+    if existing and "classifier.pth" not in existing:
+        raise ValueError(f"{out} has a {existing[0]}, but no classifier.pth; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # an error now, not after the training
     if args.plot:

@@ -1017,7 +1017,7 @@ def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path):
 
 
 @pytest.mark.parametrize("command, said", [
-    ("train --data nowhere.tsv", "nowhere.tsv"), ("train --out d.tsv/out", "d.tsv"),
+    ("train --out .", "has a test.csv"), ("train --out d.tsv/out", "d.tsv"),  # a file of the user's own
     ("train --data stars.csv", "0 columns 'label' and 0 columns 'text'"),
     ("train --data eggs.csv", "20 messages"), ("train --test-data eggs.csv", "['eggs'] are not among"),
     ("train --model gpt5", "no model 'gpt5'"), ("train --model .", "hparams.json"),
@@ -1038,6 +1038,7 @@ def test_bad_input_is_one_line_and_status_2(run, trained, tmp_path, monkeypatch,
         monkeypatch.setattr(g, name, value)
     name, *args = command.split()
     for file, content in {"stars.csv": "review,stars\nfine,5\n", "eggs.csv": "label,text\neggs,hi\n",
+                          "test.csv": "",
                           "\x1b[2J.csv": "review\n", "a.txt": "hi\n", "d.tsv": TABLE.decode()}.items():
         Path(file).write_text(content)
     evil = type("Evil", (), {"__reduce__": lambda self: (os.system, ("touch evil-was-here",))})
