@@ -1289,7 +1289,8 @@ def cmd_train(args):
         if Path(path).resolve() in [out / name for name in RESULT_FILES]:
             raise ValueError(f"{path} would be replaced by a file in {out}; choose another --out")
     existing = [name for name in RESULT_FILES if (out / name).exists()]
-    if existing and "classifier.pth" not in existing:
+    was_killed = (out / ".unfinished").exists()  # a training, perhaps before its classifier came
+    if existing and "classifier.pth" not in existing and not was_killed:
         raise ValueError(f"{out} has a {existing[0]}, but no classifier.pth; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # an error now, not after the training
