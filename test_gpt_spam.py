@@ -40,11 +40,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import gpt_spam as g
-from gpt_spam import (  # what the book's own calls need
-    GPTModel, SpamDataset, calc_accuracy_loader, calc_loss_batch, calc_loss_loader, classify_review,
-    create_balanced_dataset, download_and_load_gpt2, download_and_unzip_spam_data, evaluate_model,
-    generate_text_simple, load_weights_into_gpt, merge_lora, plot_values, random_split,
-    replace_linear_with_lora, text_to_token_ids, token_ids_to_text, train_classifier_simple)
+from gpt_spam import *  # noqa: F403, what the book's own calls need
 
 HERE = Path(__file__).resolve().parent
 SOURCE, README = Path(g.__file__).read_text("utf-8"), (HERE / "README.md").read_text("utf-8")
@@ -361,6 +357,14 @@ def test_book_appendix_e_trains_two_matrices_beside_each_layer_and_merges_them(b
     merge_lora(spam_model)
     torch.testing.assert_close(spam_model(ids), changed)
     assert spam_model.state_dict().keys() == names and not torch.allclose(changed, before)
+    for _ in range(2):  # LoRA beside LoRA
+        replace_linear_with_lora(spam_model.requires_grad_(False), rank=4, alpha=4)
+        for param in [param for param in spam_model.parameters() if param.requires_grad]:
+            nn.init.normal_(param, std=0.1)
+    changed = spam_model(ids)
+    merge_lora(spam_model)
+    torch.testing.assert_close(spam_model(ids), changed)
+    assert spam_model.state_dict().keys() == names
 
 
 def test_part_1_uses_four_names_of_part_2():
@@ -415,7 +419,8 @@ def test_other_labels_and_frames_are_prepared_or_refused():
         splits, class_weights = g.prepare_splits(df, "weights")
         assert set(pd.concat(splits)["Label"]) == {"0", "1"} and len(class_weights) == 2
     with pytest.warns(UserWarning, match="only [01] .* '2'"):
-        g.prepare_splits(pd.concat([df, pd.DataFrame({"Label": [2], "Text": ["once"]})]))
+        _, class_weights = g.prepare_splits(pd.concat([df, pd.DataFrame({"Label": [2], "Text": ["once"]})]))
+    assert class_weights.isfinite().all()
     for df, balance, test, said in (
             (THREE.replace("b", None), "none", None, "no label"), (THREE[-19:], "none", None, "20"),
             (THREE.replace("89", None), "none", None, "no text"), (THREE[:20], "auto", None, "two labels"),
@@ -454,15 +459,14 @@ def test_block_equals_pytorch(causal):
     torch.testing.assert_close(ours(x), theirs(x, src_mask=later if causal else None))
 
 
-def micro_values(name, *shape):  # what TensorFlow wrote: it depends on a variable's name and shape only
-    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"0:model/{name}".encode()).digest(), "little"))
-    array = rng.standard_normal(shape, np.float32)
-    array *= 0.01 if name == "wpe" else 0.02
-    return array + 1 if name.endswith("/g") else array * 5
-
-
 @pytest.mark.parametrize("kind", ["folder", "npz"])
 def test_every_tensor_is_what_tensorflow_wrote(micro, kind):
+    def micro_values(name, *shape):  # what TensorFlow wrote: it depends on a variable's name and shape only
+        digest = hashlib.sha256(f"0:model/{name}".encode()).digest()
+        rng = np.random.default_rng(int.from_bytes(digest, "little"))
+        array = rng.standard_normal(shape, np.float32)
+        array *= 0.01 if name == "wpe" else 0.02
+        return array + 1 if name.endswith("/g") else array * 5
     model, tokenizer, settings = g.load_pretrained(MICRO if kind == "folder" else micro)
     tensors = {"wte": model.tok_emb.weight, "wpe": model.pos_emb.weight,
                "ln_f/g": model.final_norm.scale, "ln_f/b": model.final_norm.shift}
@@ -477,6 +481,7 @@ def test_every_tensor_is_what_tensorflow_wrote(micro, kind):
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(tensor.detach(), micro_values(name, *tensor.shape), err_msg=name)
     assert torch.equal(model.out_head.weight, model.tok_emb.weight)
+    assert model.out_head.weight.data_ptr() != model.tok_emb.weight.data_ptr()  # two parameters
     assert sum(map(torch.numel, tensors.values())) == 112_384 / 4  # all that the file has
     assert model.cfg == BASE_CONFIG | {"causal": True} and not model.training and tokenizer.n_vocab == 320
     assert settings == ({} if kind == "folder" else {"lr": 2e-3, "epochs": 1})
@@ -623,23 +628,45 @@ def test_hidden_states_take_half_of_the_memory_at_most(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("config, settings, error, said", [
     ({}, {"epoch": 1}, TypeError, "'epoch'"), ({}, {"token_pos": "middle"}, ValueError, "last, first, mean"),
-    ({"vocab_size": 50}, {}, ValueError, "tokenizer"), ({"drop_rate": 0.1}, {}, ValueError, "drop_rate 0.1"),
-    ({}, {"lr": 1e30}, ValueError, "step 1; try a smaller lr"),
-    ({}, {"lr": 1e30, "epochs": 1, "batch_size": 32}, ValueError, "smaller lr")], ids=str)
+    ({"vocab_size": 50}, {}, ValueError, "tokenizer"), ({"drop_rate": 0.1}, {}, ValueError, "got 0.1"),
+    ({}, {"lr": 1e18}, ValueError, "step 1; try a smaller lr"),
+    ({}, {"lr": 1e18, "epochs": 1, "batch_size": 32}, ValueError, "smaller lr")], ids=str)
 def test_finetune_refuses_what_cannot_be(config, settings, error, said):
     with pytest.raises(error, match=said):
         g.finetune(GPTModel(BASE_CONFIG | config), TOKENIZER, g.prepare_splits(messages())[0], **settings)
 
 
-def test_a_run_at_chance_and_a_setting_without_effect_are_warned_of():
-    with pytest.warns(UserWarning, match="bfloat16"):
-        finetuned({"dtype": "bfloat16", "trainable_layers": "all"})
-    labels = ["ham"] * 30 + ["spam"] * 16
-    for texts, lr, warned in ((["the same"] * 46, 1e-3, [True]), (labels, 1e-2, [])):
-        splits, _ = g.prepare_splits(pd.DataFrame({"Label": labels, "Text": texts}), "none")
-        with warnings.catch_warnings(record=True) as caught:
-            g.finetune(GPTModel(BASE_CONFIG), TOKENIZER, splits, lr=lr)
-        assert ["nothing was learned" in str(warning.message) for warning in caught] == warned
+def test_settings_out_of_their_range_are_refused_and_those_without_effect_warned_of(monkeypatch):
+    splits, right = g.prepare_splits(messages())[0], g.finetune.__kwdefaults__
+    g.check_settings(splits, **right | {"seed": 0, "lr": 0, "context_length": 1, "batch_size": 32})
+    wrong = {"batch_size": [0, 33], "seed": [-1, 2**64], "lr": [-1, np.nan], "weight_decay": [-1, np.inf],
+             "lora_alpha": [-1], "context_length": [0, "short"], "epochs": [0], "accumulation_steps": [0],
+             "eval_freq": [0], "eval_iter": [0], "lora_rank": [0]}
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"^{name} .*{value}"):
+                g.check_settings(splits, **right | {name: value})
+    with pytest.warns(UserWarning, match="bfloat16"), pytest.warns(UserWarning, match="46 .* to 1 token"):
+        finetuned({"dtype": "bfloat16", "trainable_layers": "all", "context_length": 1})
+    monkeypatch.setattr(g, "get_rank_and_world_size", lambda: (0, 3))
+    with pytest.raises(ValueError, match="3 processes .* 8 or 4"):
+        g.check_settings(splits, **right)
+
+
+@pytest.mark.parametrize("at_chance", [0, 1, 2])  # only validation is judged: one chooses by it
+def test_a_run_is_at_chance_where_validation_is_not_better_than_one_label(at_chance, capsys):
+    class Echo(nn.Module):  # the label is the id
+        forward = lambda self, batch: F.one_hot(batch.inputs, 2)
+    labels = torch.tensor([0] * 6 + [1] * 4)
+    items = [[(label[None] * (split != at_chance), label) for label in labels] for split in range(3)]
+    loaders = [DataLoader(rows, 5, collate_fn=g.collate) for rows in items]
+    texts = ["abcdefghij", "qrstuvwxyz", "bcdefghxyz"]  # training's, validation's, test's
+    splits = [pd.DataFrame({"Label": labels, "Text": [*text]}) for text in texts]
+    with warnings.catch_warnings(record=True) as caught:
+        accuracies = g.calc_final_accuracies(Echo(), loaders, "cpu", splits)
+    assert accuracies == [0.6 if split == at_chance else 1 for split in range(3)]
+    assert ["nothing was learned" in str(warning.message) for warning in caught] == [True] * (at_chance == 1)
+    assert "7 of 10 test messages also occur, word for word, in training\n" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -662,8 +689,9 @@ def test_predict_takes_texts_in_any_common_form_and_says_what_it_does_not_read()
     alone = torch.cat([made.predict_proba(text) for text in texts])  # as in batches
     torch.testing.assert_close(alone, expected)
     assert made.predict(texts) == [made.labels[i] for i in alone.argmax(dim=-1)] and made.predict([]) == []
-    with pytest.raises(TypeError):
-        made.predict(pd.DataFrame({"Text": texts}))
+    for wrong in (pd.DataFrame({"Text": texts}), pd.Series(["a", None]), b"bytes", {"Text": "a"}, [1.5]):
+        with pytest.raises(TypeError, match="expected a string, or a list"):
+            made.predict(wrong)
     with pytest.warns(UserWarning, match="cut to 10 tokens"):
         assert torch.equal(made.predict_proba([[*range(11)]]), made.predict_proba([[*range(10)]]))
 
@@ -754,6 +782,8 @@ def test_a_table_that_cannot_be_used_is_refused_in_one_line(tmp_path, content, s
     with pytest.raises(ValueError, match=f"^.*{said}.*$") as caught:
         g.read_messages(tmp_path / "data.tsv")
     assert "data.tsv" in str(caught.value)
+    with pytest.raises(ValueError, match="'text' cannot be both"):
+        g.read_messages(tmp_path / "data.tsv", label_column="Text")
 
 
 @pytest.mark.filterwarnings("ignore:.*not all UTF-8")
@@ -920,7 +950,7 @@ def test_a_classifier_of_nan_is_not_saved(run, tmp_path, option):  # the last tw
 def test_plots_show_values_where_they_were_measured(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(g, "plot_values", lambda *args: figures.append(plot_values(*args)) or figures[-1])
-    g.save_plots(tmp_path, {  # 26 steps an epoch
+    g.save_plots((tmp_path / "loss.tmp", tmp_path / "accuracy.tmp"), {  # 26 steps an epoch
         "epochs": 5, "batch_size": 8, "examples_seen": 5 * 26 * 8, "steps": [0, 50, 100],
         "train_loss": [3.0, 2.0, 1.0], "val_loss": [3.5, 2.5, 1.5],
         "train_accuracy": [0.5, 0.6, 0.7, 0.8, 0.9], "val_accuracy": [0.4, 0.5, 0.6, 0.7, 0.8]})
@@ -945,12 +975,15 @@ def test_own_columns_three_labels_and_a_test_table_are_trained_on_and_evaluated(
     assert f"12 messages, accuracy {metrics_in(tmp_path / 'out')['final_accuracy'][2]:.2%}" in out, err
     assert re.search(r"precision +recall +f1 +support\n1 .*\n3 .*\n5 ", out)
     assert run(*use, "--data", test, *columns)[1].split("messages")[1] == out.split("messages")[1]
+    _, out, err = run("classify", *use[1:], "--input", test, "--text-column", "review")
+    assert out.count("bye\n") == 12, err
 
 
 def test_classify_prints_label_probability_and_text(trained, use, tmp_path, monkeypatch):
-    made, texts = g.load_classifier(trained.out / "classifier.pth"), ["\x1b[2Jwin\r\nnow\x9b1m\0", "", "😀"]
+    made = g.load_classifier(trained.out / "classifier.pth")
+    texts = ["\x1b[2Jwin\r\nnow\x9b1m\0", "", "\u202e😀"]
     answers = "".join(f"{made.labels[row.argmax()]}\t{row.max():.4f}\t{text}\n"
-                      for row, text in zip(made.predict_proba(texts), [" [2Jwin  now 1m ", "", "😀"]))
+                      for row, text in zip(made.predict_proba(texts), [" [2Jwin  now 1m ", "", " 😀"]))
     assert use("classify", *texts) == (0, answers, "")
     content = "\ufeffa, text\n\n<|endoftext|>\r\nlabel,text\rend".encode()
     (tmp_path / "a.txt").write_bytes(content)
@@ -991,11 +1024,13 @@ def test_a_classifier_is_the_first_file_to_go_and_the_last_to_come(run, tmp_path
     done, replace, unlink = [], os.replace, Path.unlink
     monkeypatch.setattr(os, "replace", lambda old, new: (replace(old, new), done.append(Path(new))))
     monkeypatch.setattr(Path, "unlink", lambda path, **options: (unlink(path, **options), done.append(path)))
-    (tmp_path / "out" / ".unfinished" / "of a killed training").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    for name in (".classifier.pth.1.tmp", "test.csv"):  # as another training leaves them when it is killed
+        (tmp_path / "out" / name).write_text("of process 1")
     assert run(*train_command(tmp_path, "--epochs", 1))[0] == 0
-    names = [path.name for path in done if path.parent == tmp_path / "out"]
+    names = [path.name for path in done if path.parent == tmp_path / "out" and ".tmp" not in path.name]
     assert [name == "classifier.pth" for name in names] == [True] + [False] * (len(names) - 2) + [True]
-    assert files_in(tmp_path / "out") == FOLDER
+    assert files_in(tmp_path / "out") == FOLDER | {".classifier.pth.1.tmp"}
 
 
 def test_ctrl_c_ends_quietly_with_130(run, monkeypatch):
@@ -1024,6 +1059,8 @@ def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path):
     ("train --model d.tsv", "is not a model"), ("train --model pickled.npz", "is not a model"),
     ("train --model 124M", "cannot download hparams.json"), ("train --device warp", "no device 'warp'"),
     ("train --model 124M --batch-size 33", "33 is more than 32"),  # before the download
+    ("train --model 124M --lr nan", "lr must be"), ("train --model 124M --context-length x", "got 'x'"),
+    ("train --label-column text", "cannot be both"),
     ("train --model 124M --no-padding --token-pos mean", "batch_size 1"),
     ("train --model 124M --no-padding --no-causal-mask", "batch_size 1"),
     ("train --context-length 9999", "9,999"), ("train --lora-rank 17", "lora_rank 17"),
@@ -1049,17 +1086,6 @@ def test_bad_input_is_one_line_and_status_2(run, trained, tmp_path, monkeypatch,
     assert files_in(tmp_path) == before and (out == "" or name == "train")
 
 
-@pytest.mark.parametrize("option", [
-    "--lora-rnak 4", "--epochs 0", "--batch-size 1.5", "--lr -1", "--lr nan", "--lr inf", "--weight-decay x",
-    "--seed 12345678901234567890", "--seed -1", "--trainable-layers none", "--token-pos middle",
-    "--eval-iter 0", "--context-length 0", "--context-length short", "--lora-rank 0", "--dtype half",
-    "--balance half", "--accumulation-steps 0", "--init zero", "--rows 1", "--threshold 1"])
-def test_a_wrong_option_is_an_error_of_argparse(capfd, option):
-    with pytest.raises(SystemExit, match="2"):
-        g.main(["train", *option.split(), "--data", "nowhere.csv"])
-    assert option.split()[0] in capfd.readouterr().err
-
-
 def test_each_section_is_a_cell_and_each_command_has_help(capsys):
     cells = re.split(r"^# %%\n", SOURCE, flags=re.MULTILINE)
     assert [cell.startswith("# ---- ") for cell in cells[1:]] == [True] * SOURCE.count("\n# ---- ")
@@ -1072,6 +1098,8 @@ def test_each_section_is_a_cell_and_each_command_has_help(capsys):
             space["main"]([command, "--help"])
         out, err = capsys.readouterr()
         assert "--device" in out and f"gpt_spam.py {command}" in out and err == ""
+    with pytest.raises(SystemExit, match="2"):
+        g.main(["train", "--lora-rnak", "4"])
 
 
 def test_the_python_blocks_of_the_readme_run_in_order(micro, trained, tmp_path, monkeypatch):
