@@ -1023,12 +1023,12 @@ def cache_hidden_states(model, datasets, num_frozen, device):
     def run_blocks(batch):
         return model.trf_blocks[:num_cached](model.embed(batch.inputs))  # (batch, tokens, emb)
 
+    print(f"The frozen blocks' output never changes: it is computed once and kept, {size / 1e6:,.0f} MB")
     start_time = time.perf_counter()
     for i, states in run_in_batches(run_blocks, items, device, not model.cfg["causal"]):
         ids, label = items[i]
         items[i] = states[:len(ids)].clone(), label  # a copy, so that the filled batch can go
-    print(f"The frozen blocks' output never changes: {size / 1e6:,.0f} MB, computed once,",
-          f"in {time.perf_counter() - start_time:.1f} s")
+    print(f"That took {time.perf_counter() - start_time:.1f} s")
     remaining = iter(items)
     return [list(islice(remaining, len(dataset))) for dataset in datasets], num_cached
 
@@ -1088,6 +1088,9 @@ def read_messages(path, text_column="text", label_column="label"):
         if is_header or label == "" or label != printable(label):
             raise ValueError(f"row {number} of {path} has no label or repeats the header; its label: "
                              f"{label!r:.80}, its text: {text!r:.80}")
+    num_empty = (df["Text"].str.strip() == "").sum()
+    if num_empty > 0:
+        warnings.warn(f"empty texts in {path}: {num_empty:,}")
     return df
 
 
@@ -1150,10 +1153,11 @@ def decode(content, source):
 
 def read_lines(stream, source):
     """Yield lists of the lines of a byte stream, each as soon as it has arrived."""
-    rest = b""
-    for number, chunk in enumerate(iter(partial(stream.read1, 1 << 12), b"")):
-        if number == 0 and chunk.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in chunk:
+    rest, size = b"", 1 << 12
+    for chunk in iter(lambda: stream.read1(size), b""):
+        if size == 1 << 12 and chunk.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in chunk:
             raise ValueError(f"{source} is UTF-16; lines are read in UTF-8")
+        size = 1 << 18  # after the first answers, which come soon, many at a time: it is faster
         *lines, rest = (rest + chunk).splitlines(keepends=True)
         if rest.endswith(b"\n"):  # "\r" may be half of "\r\n"
             lines.append(rest)

@@ -118,13 +118,12 @@ def torchrun(folder, *commands):
     (folder / "worker.py").write_text(WORKER)
     two = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "worker.py"]
     two.append(json.dumps([list(map(str, command)) for command in commands]))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(two, **pipes, cwd=folder, text=True) as process:
-        alarm = threading.Timer(120, process.terminate)  # which ends its workers, too
+    with subprocess.Popen(two, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder, text=True) as job:
+        alarm = threading.Timer(120, job.terminate)  # which ends its workers, too
         alarm.start()
-        out, err = process.communicate(timeout=240)
+        out, err = job.communicate(timeout=240)
         alarm.cancel()
-    return process.returncode, out, err
+    return job.returncode, out, err
 
 
 @pytest.fixture
@@ -275,7 +274,6 @@ def test_book_6_4_appends_the_most_likely_token_and_training_leaves_params_alone
     assert token_ids_to_text(token_ids[:, :idx.shape[1]], TOKENIZER) == "Every effort moves you"
     for end in range(idx.shape[1], idx.shape[1] + 4):  # the context holds the last 10 tokens
         assert token_ids[0, end] == model(token_ids[:, end - 10:end])[0, -1].argmax()
-
     _, params = download_and_load_gpt2(model_size="124M", models_dir=str(micro.parent))
     model, again, ids = GPTModel(BASE_CONFIG), GPTModel(BASE_CONFIG), torch.tensor([[1, 2, 3]])
     load_weights_into_gpt(model, params)
@@ -364,7 +362,6 @@ def test_book_appendix_e_trains_two_matrices_beside_each_layer_and_merges_them(b
     changed = spam_model(ids)
     merge_lora(spam_model)
     torch.testing.assert_close(spam_model(ids), changed)
-    assert spam_model.state_dict().keys() == names
 
 
 def test_part_1_uses_four_names_of_part_2():
@@ -375,8 +372,7 @@ def test_part_1_uses_four_names_of_part_2():
 
 
 def test_the_training_loop_lifts_out_with_four_functions_and_nothing_else():
-    functions = (calc_loss_batch, calc_loss_loader, calc_accuracy_loader, evaluate_model,
-                 train_classifier_simple)
+    functions = calc_loss_batch, calc_loss_loader, calc_accuracy_loader, evaluate_model, train_classifier_simple
     space, modes = {"torch": torch, "F": F, "islice": islice}, []
     exec("\n".join(map(inspect.getsource, functions)), space)
     batch = torch.arange(12).reshape(2, 6), torch.tensor([0, 1])
@@ -522,13 +518,13 @@ RESULTS = ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "final_ac
 TRAININGS = [{}, {"seed": 7}, {"weight_decay": 50.0}, {"epochs": 3, "eval_iter": 1}, {"dtype": "bfloat16"},
     {"trainable_layers": "last_layer"}, {"trainable_layers": "last_two_blocks"}, {"trainable_layers": "all"},
     {"trainable_layers": "lora", "lora_rank": 4, "lora_alpha": 6.0}, {"init": "random", "seed": 7},
-    {"token_pos": "first"}, {"token_pos": "mean"}, {"causal_mask": False},
-    {"context_length": 9}, {"context_length": "model", "trainable_layers": "last_layer", "epochs": 1},
+    {"token_pos": "first"}, {"token_pos": "mean"}, {"causal_mask": False}, {"context_length": 9},
+    {"context_length": "model", "trainable_layers": "last_layer", "epochs": 1}, {"padding": False},
     {"batch_size": 10, "accumulation_steps": 2},  # three batches: the last is an update of its own
     {"class_weights": [0.5, 2.0]}, {"class_weights": [0.5, 2.0], "batch_size": 1, "accumulation_steps": 5},
     {"class_weights": [0.5, 2.0], "batch_size": 1}, {"padding": False, "trainable_layers": "all"},
-    {"padding": False}, {"padding": False, "batch_size": 1, "token_pos": "mean"},
-    {"padding": False, "batch_size": 1, "causal_mask": False}, {"schedule": "linear", "epochs": 10}]
+    {"padding": False, "batch_size": 1, "token_pos": "mean"}, {"schedule": "linear", "epochs": 10},
+    {"padding": False, "batch_size": 1, "causal_mask": False}]
 SHORT = {"epochs": 2, "eval_freq": 3, "eval_iter": 2, "lr": 1e-3}
 LONGEST = max(len(TOKENIZER.encode_ordinary(text)) for text in g.prepare_splits(messages())[0][0]["Text"])
 
@@ -576,7 +572,6 @@ def plain_training(splits, s):
     def accuracy_of(batches):
         logits, labels = logits_and_labels([row for batch in batches for row in batch])
         return (logits.argmax(dim=-1) == labels).double().mean().item()
-
     torch.manual_seed(s.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=s.weight_decay)
     results, step = {name: [] for name in RESULTS}, 0
@@ -626,26 +621,19 @@ def test_hidden_states_take_half_of_the_memory_at_most(tmp_path, monkeypatch, ca
     assert ("computed once" in capsys.readouterr().out) == (missing == 0)
 
 
-@pytest.mark.parametrize("config, settings, error, said", [
-    ({}, {"epoch": 1}, TypeError, "'epoch'"), ({}, {"token_pos": "middle"}, ValueError, "last, first, mean"),
-    ({"vocab_size": 50}, {}, ValueError, "tokenizer"), ({"drop_rate": 0.1}, {}, ValueError, "got 0.1"),
-    ({}, {"lr": 1e18}, ValueError, "step 1; try a smaller lr"),
-    ({}, {"lr": 1e18, "epochs": 1, "batch_size": 32}, ValueError, "smaller lr")], ids=str)
-def test_finetune_refuses_what_cannot_be(config, settings, error, said):
-    with pytest.raises(error, match=said):
-        g.finetune(GPTModel(BASE_CONFIG | config), TOKENIZER, g.prepare_splits(messages())[0], **settings)
-
-
 def test_settings_out_of_their_range_are_refused_and_those_without_effect_warned_of(monkeypatch):
     splits, right = g.prepare_splits(messages())[0], g.finetune.__kwdefaults__
     g.check_settings(splits, **right | {"seed": 0, "lr": 0, "context_length": 1, "batch_size": 32})
     wrong = {"batch_size": [0, 33], "seed": [-1, 2**64], "lr": [-1, np.nan], "weight_decay": [-1, np.inf],
              "lora_alpha": [-1], "context_length": [0, "short"], "epochs": [0], "accumulation_steps": [0],
-             "eval_freq": [0], "eval_iter": [0], "lora_rank": [0]}
+             "eval_freq": [0], "eval_iter": [0], "lora_rank": [0], "token_pos": ["middle"]}
     for name, values in wrong.items():
         for value in values:
             with pytest.raises(ValueError, match=f"^{name} .*{value}"):
                 g.check_settings(splits, **right | {name: value})
+    for config, said in (({"vocab_size": 50}, "tokenizer"), ({"drop_rate": 0.1}, "got 0.1")):
+        with pytest.raises(ValueError, match=said):
+            g.finetune(GPTModel(BASE_CONFIG | config), TOKENIZER, splits)
     with pytest.warns(UserWarning, match="bfloat16"), pytest.warns(UserWarning, match="46 .* to 1 token"):
         finetuned({"dtype": "bfloat16", "trainable_layers": "all", "context_length": 1})
     monkeypatch.setattr(g, "get_rank_and_world_size", lambda: (0, 3))
@@ -745,7 +733,7 @@ def test_two_processes_that_fail_say_why_once(tmp_path, option, value, said):
 
 # ---- Tables, lines, downloads, files ----
 @pytest.mark.parametrize("content, found, said", [
-    (b"label,text\n ham ,a\nHam,b\n\n \nham, \n", [["ham", "a"], ["Ham", "b"], ["ham", " "]], None),
+    (b"label,text\n ham ,a\nHam,b\n\n \nham, \n", [["ham", "a"], ["Ham", "b"], ["ham", " "]], "empty .*: 1"),
     (b'LABEL,Text,n\nham,"a\nb",1\nspam,"say ""hi""",2\n', [["ham", "a\nb"], ["spam", 'say "hi"']], None),
     (b"ham\tHey, text; 5'11\" me\nspam\tlabel\n", [["ham", "Hey, text; 5'11\" me"], ["spam", "label"]], None),
     (b"label,text\r1,one\r2,two", [["1", "one"], ["2", "two"]], None),
@@ -782,8 +770,6 @@ def test_a_table_that_cannot_be_used_is_refused_in_one_line(tmp_path, content, s
     with pytest.raises(ValueError, match=f"^.*{said}.*$") as caught:
         g.read_messages(tmp_path / "data.tsv")
     assert "data.tsv" in str(caught.value)
-    with pytest.raises(ValueError, match="'text' cannot be both"):
-        g.read_messages(tmp_path / "data.tsv", label_column="Text")
 
 
 @pytest.mark.filterwarnings("ignore:.*not all UTF-8")
@@ -819,22 +805,12 @@ def test_download_takes_the_backup_resumes_and_ends_right(server, tmp_path, part
     assert server.starts[1:] == starts  # the missing one was asked for once
 
 
-@pytest.mark.parametrize("urls, error, said", [
-    (["{url}/wrong"], requests.RequestException, "SHA-256"), ([DEAD, DEAD], requests.ConnectionError, DEAD),
-    ([DEAD, "{url}/missing"], requests.RequestException, "127.0.0.1:9: ConnectionError, .*404")], ids=str)
-def test_a_download_that_fails_says_why_and_leaves_no_file(server, tmp_path, urls, error, said):
-    server.files["/wrong"] = b"<html>log in</html>"
-    with pytest.raises(error, match=said) as caught:
-        g.download([url.format(url=server.url) for url in urls], tmp_path / "f", RIGHT)
-    assert caught.type is error and files_in(tmp_path) == set()  # only ConnectionError means offline
-
-
 def test_train_downloads_model_and_data_once(server, run, tmp_path, monkeypatch):
     for name in g.CHECKPOINT_FILES:
         server.files |= {f"/gpt-2/{size}/{name}": (MICRO / name).read_bytes() for size in ("124M", "355M")}
     server.files |= {"/sms.zip": zipped(TABLE),
                      f"/gpt-2/355M/{g.DATA_FILE}": (MICRO / g.DATA_FILE).read_bytes()[:-4]}
-    for name, value in {"HERE": tmp_path, "MODEL_URLS": [f"{server.url}/gpt-2"],
+    for name, value in {"HERE": tmp_path, "MODEL_URLS": [DEAD, f"{server.url}/gpt-2"],
                         "MODEL_SHA256": {"encoder.json": hashlib.sha256(ENCODER.encode()).hexdigest()},
                         "DATA_URLS": [f"{server.url}/sms.zip"],
                         "DATA_SHA256": hashlib.sha256(TABLE).hexdigest()}.items():
@@ -852,7 +828,7 @@ def test_train_downloads_model_and_data_once(server, run, tmp_path, monkeypatch)
     server.files.clear()
     assert run(*command, "--model", "124M", "--data", "sms")[0] == 0
     (tmp_path / "weights" / "gpt2-124M.npz").unlink()
-    assert "404" in run(*command)[2]  # a server without the files is an error, not offline
+    assert re.search("ConnectionError, .*404", run(*command)[2])  # a server was reached: it is not offline
 
 
 def test_without_a_network_auto_takes_the_bundled_files_and_only_auto(run, tmp_path, micro, monkeypatch):
@@ -884,7 +860,6 @@ def test_a_classifier_that_cannot_be_used_says_why_and_runs_no_code(tmp_path, mo
     class Evil:
         def __reduce__(self):
             return os.system, ("touch evil-was-here",)
-
     def error_of(content):
         if isinstance(content, bytes):
             Path("bad.pth").write_bytes(content)
@@ -923,7 +898,7 @@ def test_a_training_is_one_folder_and_prints_the_chapters_log(trained):
     for values in zip((1, 1, 2), metrics["steps"], metrics["train_loss"], metrics["val_loss"]):
         assert "Ep {} (Step {:06d}): Train loss {:.3f}, Val loss {:.3f}\n".format(*values) in log
     assert len(re.findall(r"\nTraining accuracy: [\d.]+% \| Validation accuracy: [\d.]+%", log)) == 2
-    assert "32 / 4 / 10 messages\n" in log and "epochs 2, lr 0.001, eval_freq 3\n" in log
+    assert "4 / 10 messages\nLabels of training: " in log and "epochs 2, lr 0.001, eval_freq 3\n" in log
     accuracies = "{:.2%} / {:.2%} / {:.2%}".format(*metrics["final_accuracy"])
     assert f"test: {accuracies} (always '{label}': {(frames[2]['Label'] == label).mean():.2%} of test)" in log
 
@@ -1052,19 +1027,17 @@ def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path):
 
 
 @pytest.mark.parametrize("command, said", [
-    ("train --out .", "has a test.csv"), ("train --out d.tsv/out", "d.tsv"),  # a file of the user's own
-    ("train --data stars.csv", "0 columns 'label' and 0 columns 'text'"),
+    ("train --out .", "has a test.csv"), ("train --out d.tsv/out", "d.tsv"),
+    ("train --data stars.csv", "0 columns 'label' and 0 columns 'text'"), ("train --model .", "hparams.json"),
     ("train --data eggs.csv", "20 messages"), ("train --test-data eggs.csv", "['eggs'] are not among"),
-    ("train --model gpt5", "no model 'gpt5'"), ("train --model .", "hparams.json"),
-    ("train --model d.tsv", "is not a model"), ("train --model pickled.npz", "is not a model"),
-    ("train --model 124M", "cannot download hparams.json"), ("train --device warp", "no device 'warp'"),
-    ("train --model 124M --batch-size 33", "33 is more than 32"),  # before the download
+    ("train --model gpt5", "no model 'gpt5'"), ("train --model d.tsv", "is not a model"),
+    ("train --model pickled.npz", "is not a model"), ("train --model 124M", "cannot download hparams.json"),
+    ("train --device warp", "no device 'warp'"), ("train --model 124M --batch-size 33", "33 is more than 32"),
     ("train --model 124M --lr nan", "lr must be"), ("train --model 124M --context-length x", "got 'x'"),
-    ("train --label-column text", "cannot be both"),
+    ("train --label-column text", "cannot be both"), ("train --context-length 9999", "9,999"),
     ("train --model 124M --no-padding --token-pos mean", "batch_size 1"),
     ("train --model 124M --no-padding --no-causal-mask", "batch_size 1"),
-    ("train --context-length 9999", "9,999"), ("train --lora-rank 17", "lora_rank 17"),
-    ("experiments --data stars.csv --model tiny", "0 columns 'label'"),
+    ("train --lora-rank 17", "lora_rank 17"), ("experiments --data stars.csv", "0 columns 'label'"),
     ("classify --input a.txt hi", "--input FILE"), ("classify --text-column a hi", "--input FILE"),
     ("classify --input nowhere.txt", "nowhere.txt"), ("classify --input \x1b[2J.csv", " [2J.csv is not a"),
     ("classify --classifier nowhere hi", "train a classifier first"), ("evaluate --classifier no", "train"),
@@ -1074,9 +1047,9 @@ def test_bad_input_is_one_line_and_status_2(run, trained, tmp_path, monkeypatch,
     for name, value in {"HERE": tmp_path, "MODEL_URLS": [DEAD], "OUT": trained.out}.items():
         monkeypatch.setattr(g, name, value)
     name, *args = command.split()
-    for file, content in {"stars.csv": "review,stars\nfine,5\n", "eggs.csv": "label,text\neggs,hi\n",
-                          "test.csv": "",
-                          "\x1b[2J.csv": "review\n", "a.txt": "hi\n", "d.tsv": TABLE.decode()}.items():
+    files = {"stars.csv": "review,stars\nfine,5\n", "eggs.csv": "label,text\neggs,hi\n", "test.csv": "",
+             "\x1b[2J.csv": "review\n", "a.txt": "hi\n", "d.tsv": TABLE.decode()}
+    for file, content in files.items():
         Path(file).write_text(content)
     evil = type("Evil", (), {"__reduce__": lambda self: (os.system, ("touch evil-was-here",))})
     np.savez("pickled.npz", np.array([evil()], dtype=object))
@@ -1098,8 +1071,6 @@ def test_each_section_is_a_cell_and_each_command_has_help(capsys):
             space["main"]([command, "--help"])
         out, err = capsys.readouterr()
         assert "--device" in out and f"gpt_spam.py {command}" in out and err == ""
-    with pytest.raises(SystemExit, match="2"):
-        g.main(["train", "--lora-rnak", "4"])
 
 
 def test_the_python_blocks_of_the_readme_run_in_order(micro, trained, tmp_path, monkeypatch):
