@@ -1458,6 +1458,8 @@ def print_by_token(text, classifier):
 def add_setting(group, flag, help, **options):
     """Add an option for a setting of `finetune`, which is absent from the result unless it is given."""
     default = finetune.__kwdefaults__[flag[2:].replace("-", "_")]
+    if "type" in options:
+        options["metavar"] = "N"
     group.add_argument(flag, default=argparse.SUPPRESS, help=f"{help} (default: {default})", **options)
 
 
@@ -1465,13 +1467,15 @@ def build_parser():
     """Return the parser; what two commands share stands in a parent parser."""
     switch = argparse.BooleanOptionalAction
     device, table, training = [argparse.ArgumentParser(add_help=False) for _ in range(3)]
-    device.add_argument("--device", default="auto", help="cpu, cuda, mps or auto (the default)")
-    table.add_argument("--text-column", default="text", help="column of texts (default: text)")
-    table.add_argument("--label-column", default="label", help="column of labels (default: label)")
+    device.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, mps, auto (the default)")
+    add = table.add_argument_group("columns of a table").add_argument
+    add("--text-column", default="text", metavar="NAME", help="column of texts (default: text)")
+    add("--label-column", default="label", metavar="NAME", help="column of labels (default: label)")
     add = training.add_argument_group("model and data").add_argument
-    add("--model", default="auto", help="124M, 355M, 774M, 1558M, tiny, an .npz, a folder of OpenAI's files, "
-        "or auto (the default): 124M, offline tiny")
-    add("--data", default="auto", help="sms, sample, a CSV, TSV or JSON file, or auto: sms, offline sample")
+    add("--model", default="auto", metavar="NAME", help="124M, 355M, 774M, 1558M, tiny, an .npz, "
+        "a folder of OpenAI's files, or auto (the default): 124M, offline tiny")
+    add("--data", default="auto", metavar="NAME",
+        help="sms, sample, a CSV, TSV or JSON file, or auto (the default): sms, offline sample")
     add = partial(add_setting, training.add_argument_group("hyperparameters, by default the chapter's"))
     add("--epochs", type=int, help="passes over the training split")
     add("--batch-size", type=int, help="messages in a batch")
@@ -1480,7 +1484,7 @@ def build_parser():
     add("--eval-freq", type=int, help="batches between two logged losses")
     add("--eval-iter", type=int, help="batches that a logged value is measured on")
     add("--seed", type=int, help="for the new head and the order of messages")
-    add("--dtype", choices=CHOICES["dtype"], help="of the frozen blocks")
+    add("--dtype", choices=CHOICES["dtype"], help="number format of the frozen blocks")
 
     parser = argparse.ArgumentParser(description="Finetune GPT-2 to classify texts, such as spam.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -1519,12 +1523,13 @@ def build_parser():
     evaluate.set_defaults(run=cmd_evaluate)
     evaluate.add_argument("--data", metavar="FILE", help="sms, sample or a table; without, FOLDER/test.csv")
     classify = add_command("classify", parents=[device], help="classify texts",
+                           usage="%(prog)s [options] [TEXT ...]",
                            epilog="example: tail -f messages.txt | python gpt_spam.py classify")
     classify.set_defaults(run=cmd_classify)
     add = classify.add_argument
-    add("texts", nargs="*", metavar="TEXT", help="without: lines of standard input")
+    add("texts", nargs="*", metavar="TEXT", help="text to classify; without, lines of standard input")
     add("--input", metavar="FILE", help="lines, or a table (.csv, .tsv, .json, .jsonl)")
-    add("--text-column", help="column of a table's texts (default: text)")
+    add("--text-column", metavar="NAME", help="column of a table's texts (default: text)")
     add("--by-token", action="store_true", help="show the probability after each token")
     for command in (evaluate, classify):
         command.add_argument("--classifier", default=OUT, metavar="FOLDER", help="the --out of train")

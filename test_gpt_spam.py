@@ -372,9 +372,9 @@ def test_part_1_uses_four_names_of_part_2():
 
 
 def test_the_training_loop_lifts_out_with_four_functions_and_nothing_else():
-    functions = calc_loss_batch, calc_loss_loader, calc_accuracy_loader, evaluate_model, train_classifier_simple
+    pieces = calc_loss_batch, calc_loss_loader, calc_accuracy_loader, evaluate_model, train_classifier_simple
     space, modes = {"torch": torch, "F": F, "islice": islice}, []
-    exec("\n".join(map(inspect.getsource, functions)), space)
+    exec("\n".join(map(inspect.getsource, pieces)), space)
     batch = torch.arange(12).reshape(2, 6), torch.tensor([0, 1])
     model = untrained_classifier().model
     model.drop_emb.register_forward_hook(lambda module, inputs, output: modes.append(module.training))
