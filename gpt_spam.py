@@ -638,7 +638,7 @@ def check_settings(splits, **settings):
         if settings[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {settings[name]!r}")
     for name, minimum in MINIMUMS.items():
-        if not minimum <= settings[name] < 2**63:  # NaN is not, either
+        if not minimum <= settings[name] < 2**63:  # which NaN is not
             raise ValueError(f"{name} must be {minimum} or more, and below 2**63, got {settings[name]}")
     length = settings["context_length"]
     if length not in ("longest", "model") and not (isinstance(length, int) and length > 0):
@@ -737,11 +737,10 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     results = dict(zip(("train_loss", "val_loss", "train_accuracy", "val_accuracy", "examples_seen"), log))
     results["examples_seen"] *= num_processes
     results["steps"] = list(range(0, epochs * len(loaders[0]), eval_freq))  # of the losses
-    with torch.random.fork_rng(devices=[]):  # which leaves the shuffled batches of the final accuracy alone
-        final_loss = torch.tensor(calc_loss_loader(loaders[1], label_logits, device, None, loss_fn))
+    results["final_accuracy"] = calc_final_accuracies(label_logits, loaders, device, splits)
+    final_loss = torch.tensor(calc_loss_loader(loaders[1], label_logits, device, None, loss_fn))
     if not all(torch.isfinite(values).all() for values in (final_loss, *trained)):
         raise ValueError("after the last update, loss or parameters are not finite; try a smaller lr")
-    results["final_accuracy"] = calc_final_accuracies(label_logits, loaders, device, splits)
     merge_lora(model)
     return Classifier(model.eval(), tokenizer, labels, max_length, padding, token_pos), results
 
