@@ -110,8 +110,9 @@ class SpamDataset(Dataset):
 
         encoded_texts = []
         for text in self.data["Text"]:  # or its ids
-            # encode_ordinary: a message that contains the letters "<|endoftext|>" does not end there
-            ids = tokenizer.encode_ordinary(text) if isinstance(text, str) else text
+            # encode_ordinary: a message that contains the letters "<|endoftext|>" does not end there;
+            # tiktoken ends the process at a million blanks
+            ids = tokenizer.encode_ordinary(text[:900_000]) if isinstance(text, str) else text
             encoded_texts.append(ids or [pad_token_id])  # an empty text has one token
         self.max_length = max(map(len, encoded_texts)) if max_length is None else max_length
         self.num_cut = sum(len(ids) > self.max_length for ids in encoded_texts)
@@ -610,7 +611,8 @@ def prepare_splits(df, balance="auto", test=None):
     if balance == "undersample":
         df = create_balanced_dataset(df)
     if len(df) < 20 or len(labels) < 2:
-        raise ValueError(f"at least 20 messages of two labels are needed, got {len(df)} of {labels[:5]}")
+        raise ValueError(f"at least 20 messages of two labels are needed, got {len(df)} of {labels[:5]}, "
+                         f"with balance {balance!r}")
     splits = random_split(df, 0.7, 0.1)
     if test is not None:
         test = test.assign(Label=test["Label"].astype(str))
@@ -643,13 +645,14 @@ def check_settings(splits, **settings):
     length = settings["context_length"]
     if length not in ("longest", "model") and not (isinstance(length, int) and length > 0):
         raise ValueError(f"context_length must be longest, model or a number of tokens, got {length!r}")
-    batch_size, num_train, num_validation = settings["batch_size"], len(splits[0]), len(splits[1])
+    batch_size, num_train = settings["batch_size"], len(splits[0])
     if batch_size > num_train:
         raise ValueError(f"batch_size {batch_size} is more than {num_train} training messages")
     _, num_processes = get_rank_and_world_size()
-    if batch_size % num_processes != 0 or num_validation < num_processes:
+    num_fewest = min(map(len, splits))
+    if batch_size % num_processes != 0 or num_fewest < num_processes:
         raise ValueError(f"{num_processes} processes cannot share batches of {batch_size} or "
-                         f"{num_validation} validation messages")
+                         f"a split of {num_fewest} messages")
     reads_zeros = settings["token_pos"] == "mean" or not settings["causal_mask"]  # those of `collate`
     if reads_zeros and batch_size > 1 and not settings["padding"]:
         raise ValueError(f"without padding, this token_pos or mask needs batch_size 1, not {batch_size}")
@@ -797,7 +800,7 @@ def calc_final_accuracies(model, loaders, device, splits):
     _, val_baseline, test_baseline = [(split["Label"] == commonest).mean() for split in splits]
     print("Final accuracy, training / validation / test: {:.2%} / {:.2%} / {:.2%}".format(*accuracies),
           f"(always {commonest!r}: {test_baseline:.2%} of test)")
-    if accuracies[1] <= val_baseline:
+    if accuracies[1] <= val_baseline < 1:
         warnings.warn(f"nothing was learned: validation accuracy {accuracies[1]:.2%}, always {commonest!r} "
                       f"{val_baseline:.2%}; try another lr or more epochs")
     return accuracies
@@ -882,6 +885,8 @@ class Classifier:
 def save_classifier(path, classifier):
     """Save a self-contained classifier."""
     model, encoding = classifier.model, classifier.tokenizer
+    if not isinstance(model, GPTModel):  # such as a compiled one, whose values have other names
+        raise TypeError(f"only a GPTModel can be saved, not {type(model).__name__}")
     merge_lora(model)
     content = vars(classifier) | {
         "version": CLASSIFIER_VERSION,
@@ -1081,11 +1086,11 @@ def read_messages(path, text_column="text", label_column="label"):
         raise ValueError(f"column {text_column!r} cannot be both label and text")
     labels, texts = read_columns(path, [label_column, text_column])
     df = pd.DataFrame({"Label": labels, "Text": texts})
-    df["Label"] = df["Label"].str.strip()
+    df["Label"] = df["Label"].str.normalize("NFC").str.strip()
     for number, (label, text) in enumerate(df.itertuples(index=False), 1):
         is_header = f"{label}\n{text}".lower() == f"{label_column}\n{text_column}".lower()
-        if is_header or label == "" or label != printable(label):
-            raise ValueError(f"row {number} of {path} has no label or repeats the header; its label: "
+        if is_header or label[:1] in ("", '"') or label != printable(label):
+            raise ValueError(f"row {number} of {path} has no proper label, or repeats the header; its label: "
                              f"{label!r:.80}, its text: {text!r:.80}")
     num_empty = (df["Text"].str.strip() == "").sum()
     if num_empty > 0:
@@ -1114,8 +1119,11 @@ def read_columns(path, names):
                 if not isinstance(cell, (str, int, float)) or pd.isna(cell):
                     row = df.iloc[number - 1].tolist()
                     raise ValueError(f"row {number} has {cell!r:.60} as its {name}: {row!r:.80}")
-        # JSON may hold half of a surrogate pair, which no file can.
-        return [[str(cell).encode(errors="replace").decode() for cell in cells] for cells in columns]
+                if isinstance(cell, float) and cell.is_integer():  # as pandas writes an integer column
+                    cells[number - 1] = int(cell)
+        # JSON may hold NUL, and half of a surrogate pair, which no file of ours can.
+        return [[str(cell).replace("\0", " ").encode(errors="replace").decode() for cell in cells]
+                for cells in columns]
 
 
 def read_csv(text):
@@ -1128,7 +1136,7 @@ def read_csv(text):
     csv.field_size_limit(2**31 - 1)
     lines = csv.reader(io.StringIO(text + "\nEND", newline=""), delimiter=separator)
     # Default quoting, as in the chapter, merges some of UCI's messages: 5,572 rows, not 5,574.
-    *rows, last = [row for row in lines if "".join(row).strip() != ""]
+    *rows, last = [row for row in lines if row == [""] or "".join(row).strip() != ""]
     if last != ["END"]:
         raise ValueError("a quotation mark is left open")
     header = ["label", "text"] if is_uci else rows.pop(0)
@@ -1144,7 +1152,8 @@ def decode(content, source):
     """Return bytes as text: UTF-16 where a byte order mark says so, else UTF-8, else Windows-1252."""
     is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
     try:
-        return content.decode("utf-16" if is_utf_16 else "utf-8-sig")
+        text = content.decode("utf-16" if is_utf_16 else "utf-8")
+        return text.replace("\ufeff", "")  # byte order marks, also of files put together
     except UnicodeDecodeError:
         warnings.warn(f"{source} is not all UTF-8; what is not is read as Windows-1252")
         return content.decode("cp1252", errors="replace")
@@ -1154,8 +1163,10 @@ def read_lines(stream, source):
     """Yield lists of the lines of a byte stream, each as soon as it has arrived."""
     rest, size = b"", 1 << 12
     for chunk in iter(lambda: stream.read1(size), b""):
-        if size == 1 << 12 and chunk.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in chunk:
-            raise ValueError(f"{source} is UTF-16; lines are read in UTF-8")
+        is_utf_16 = chunk.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in chunk
+        is_packed = chunk.startswith((b"\x1f\x8b", b"PK\3\4"))  # gzip, zip
+        if size == 1 << 12 and (is_utf_16 or is_packed):
+            raise ValueError(f"{source} is packed or UTF-16; lines are read in UTF-8")
         size = 1 << 18  # after the first answers, which come soon, many at a time: it is faster
         *lines, rest = (rest + chunk).splitlines(keepends=True)
         if rest.endswith(b"\n"):  # "\r" may be half of "\r\n"
@@ -1168,7 +1179,7 @@ def read_lines(stream, source):
 
 def printable(text):
     """Return a text with blanks for what could steer a terminal: control characters, changes of direction."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", " ", text)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069]", " ", text)
 
 
 def download(urls, path, check):
@@ -1322,7 +1333,8 @@ def cmd_train(args):
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # an error now, not after the training
     if args.plot:
-        import matplotlib.pyplot  # noqa: F401, likewise
+        import matplotlib.pyplot as plt  # likewise
+        plt.switch_backend("Agg")  # which draws into files
     columns, test = (args.text_column, args.label_column), None
     if args.test_data:
         test = read_messages(args.test_data, *columns)
@@ -1571,5 +1583,6 @@ def main(argv=None):
 
 if __name__ == "__main__":
     gc.freeze()  # else the exit spends 0.5 s on the imported modules
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
     sys.exit(main())
