@@ -634,8 +634,8 @@ def check_labels(df, labels):
         raise ValueError(f"labels {unknown[:5]} are not among those of training, {labels[:20]}")
 
 
-def check_settings(splits, **settings):
-    """Raise ValueError if a setting of `finetune` is invalid, alone or with the others and these splits."""
+def check_settings(splits, cfg=None, **settings):
+    """Raise ValueError if a setting of `finetune` is invalid or does not fit the splits or a model's `cfg`."""
     for name, choices in CHOICES.items():
         if settings[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {settings[name]!r}")
@@ -656,6 +656,12 @@ def check_settings(splits, **settings):
     reads_zeros = settings["token_pos"] == "mean" or not settings["causal_mask"]  # those of `collate`
     if reads_zeros and batch_size > 1 and not settings["padding"]:
         raise ValueError(f"without padding, this token_pos or mask needs batch_size 1, not {batch_size}")
+    if cfg is None:  # the model is not there yet
+        return
+    if cfg["drop_rate"] > 0:
+        raise ValueError(f"finetuning needs a drop_rate of 0, got {cfg['drop_rate']}")
+    if settings["lora_rank"] > cfg["emb_dim"]:
+        raise ValueError(f"lora_rank {settings['lora_rank']} is more than emb_dim, which is {cfg['emb_dim']}")
 
 
 def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
@@ -665,16 +671,13 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
              schedule="constant", dtype="float32"):
     """Finetune a GPTModel on the frames of prepare_splits; return (Classifier with that model, results)."""
     check_settings(
-        splits, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, eval_freq=eval_freq,
-        eval_iter=eval_iter, seed=seed, trainable_layers=trainable_layers, token_pos=token_pos,
-        causal_mask=causal_mask, lora_rank=lora_rank, lora_alpha=lora_alpha, init=init, padding=padding,
-        context_length=context_length, accumulation_steps=accumulation_steps, schedule=schedule, dtype=dtype)
+        splits, model.cfg, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
+        eval_freq=eval_freq, eval_iter=eval_iter, seed=seed, trainable_layers=trainable_layers,
+        token_pos=token_pos, causal_mask=causal_mask, lora_rank=lora_rank, lora_alpha=lora_alpha, init=init,
+        padding=padding, context_length=context_length, accumulation_steps=accumulation_steps,
+        schedule=schedule, dtype=dtype)
     if not tokenizer.n_vocab == model.cfg["vocab_size"] == model.out_head.out_features:
         raise ValueError("finetuning uses a model up, or the tokenizer is not the model's; load both anew")
-    if model.cfg["drop_rate"] > 0:
-        raise ValueError(f"finetuning needs a drop_rate of 0, got {model.cfg['drop_rate']}")
-    if lora_rank > model.cfg["emb_dim"]:
-        raise ValueError(f"lora_rank {lora_rank} is more than the model's emb_dim {model.cfg['emb_dim']}")
     _, num_processes = get_rank_and_world_size()
 
     # 6.3 Data sets; their loaders follow in 6.5, when it is known what is frozen
@@ -1115,15 +1118,15 @@ def read_columns(path, names):
             raise ValueError(f"{found} in {len(df)} rows; its header, the first row, is {list(df)!r:.150}")
         columns = [df[name.lower()].tolist() for name in names]
         for name, cells in zip(names, columns):
-            for number, cell in enumerate(cells, 1):
+            for i, cell in enumerate(cells):
                 if not isinstance(cell, (str, int, float)) or pd.isna(cell):
-                    row = df.iloc[number - 1].tolist()
-                    raise ValueError(f"row {number} has {cell!r:.60} as its {name}: {row!r:.80}")
+                    row = df.iloc[i].tolist()
+                    raise ValueError(f"row {i + 1} has {cell!r:.60} as its {name}: {row!r:.80}")
                 if isinstance(cell, float) and cell.is_integer():  # as pandas writes an integer column
-                    cells[number - 1] = int(cell)
-        # JSON may hold NUL, and half of a surrogate pair, which no file of ours can.
-        return [[str(cell).replace("\0", " ").encode(errors="replace").decode() for cell in cells]
-                for cells in columns]
+                    cell = int(cell)
+                cell = str(cell).replace("\0", " ")
+                cells[i] = cell.encode(errors="replace").decode()  # JSON may hold half of a surrogate pair
+        return columns
 
 
 def read_csv(text):
@@ -1134,10 +1137,13 @@ def read_csv(text):
     is_uci = first_line.startswith(("ham\t", "spam\t"))
     separator = "\t" if is_uci else max("\t;,", key=first_line.count)
     csv.field_size_limit(2**31 - 1)
-    lines = csv.reader(io.StringIO(text + "\nEND", newline=""), delimiter=separator)
     # Default quoting, as in the chapter, merges some of UCI's messages: 5,572 rows, not 5,574.
-    *rows, last = [row for row in lines if row == [""] or "".join(row).strip() != ""]
-    if last != ["END"]:
+    rows = []
+    for row in csv.reader(io.StringIO(text + "\nEND", newline=""), delimiter=separator):
+        is_blank = "".join(row).strip() == ""
+        if not is_blank or row == [""]:  # an empty text, in quotation marks
+            rows.append(row)
+    if rows.pop() != ["END"]:
         raise ValueError("a quotation mark is left open")
     header = ["label", "text"] if is_uci else rows.pop(0)
     for number, row in enumerate(rows, 1):
