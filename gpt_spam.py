@@ -635,7 +635,7 @@ def check_labels(df, labels):
 
 
 def check_settings(splits, cfg=None, **settings):
-    """Raise ValueError if a setting of `finetune` is invalid or does not fit the splits or a model's `cfg`."""
+    """Raise ValueError if a setting of `finetune` is invalid or does not fit these splits or a `cfg`."""
     for name, choices in CHOICES.items():
         if settings[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {settings[name]!r}")
@@ -664,6 +664,7 @@ def check_settings(splits, cfg=None, **settings):
         raise ValueError(f"lora_rank {settings['lora_rank']} is more than emb_dim, which is {cfg['emb_dim']}")
 
 
+# A new setting stands here, in the call of check_settings, in CHOICES or MINIMUMS, and in build_parser.
 def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
              epochs=5, batch_size=8, lr=5e-5, weight_decay=0.1, eval_freq=50, eval_iter=5, seed=123,
              trainable_layers="last_block", token_pos="last", causal_mask=True, lora_rank=8, lora_alpha=8.0,
@@ -696,7 +697,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     for prompt, max_new_tokens in (("Every effort moves you", 15), (SPAM_PROMPT, 23)):
         idx = text_to_token_ids(prompt, tokenizer).to(device)
         idx = generate_text_simple(model, idx, max_new_tokens, model.cfg["context_length"])
-        print(f"  {prompt!r} -> {token_ids_to_text(idx, tokenizer)[len(prompt):]!r}")
+        print(f"  {prompt!r:.95}\n  -> {token_ids_to_text(idx, tokenizer)[len(prompt):]!r:.95}")
 
     # 6.5 Classification head
     torch.manual_seed(seed)
@@ -726,8 +727,8 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     torch.manual_seed(seed)
     accuracies = [calc_accuracy_loader(loader, label_logits, device, 10) for loader in loaders]
     losses = [calc_loss_loader(loader, label_logits, device, 5, loss_fn) for loader in loaders]
-    print("Before training the head is random: accuracy {:.2%} / {:.2%} / {:.2%} (10 batches), "
-          "loss {:.3f} / {:.3f} / {:.3f} (5 batches)".format(*accuracies, *losses))
+    print("Before training the head is random; training / validation / test:\n  accuracy {:.2%} / {:.2%} / "
+          "{:.2%} (10 batches), loss {:.3f} / {:.3f} / {:.3f} (5 batches)".format(*accuracies, *losses))
     # 6.7 Finetuning
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)
@@ -798,11 +799,11 @@ def calc_final_accuracies(model, loaders, device, splits):
             torch.distributed.all_reduce(counts)  # the sum over all processes
         accuracies.append(counts[0].item() / counts[1].item())
     num_known = splits[2]["Text"].isin(splits[0]["Text"]).sum()
-    print(f"{num_known:,} of {len(splits[2]):,} test messages also occur, word for word, in training")
     commonest = splits[0]["Label"].mode()[0]
     _, val_baseline, test_baseline = [(split["Label"] == commonest).mean() for split in splits]
-    print("Final accuracy, training / validation / test: {:.2%} / {:.2%} / {:.2%}".format(*accuracies),
-          f"(always {commonest!r}: {test_baseline:.2%} of test)")
+    print(f"Of {len(splits[2]):,} test messages {num_known:,} also occur, word for word, in training;",
+          f"{test_baseline:.2%} are {commonest!r}")
+    print("Final accuracy, training / validation / test: {:.2%} / {:.2%} / {:.2%}".format(*accuracies))
     if accuracies[1] <= val_baseline < 1:
         warnings.warn(f"nothing was learned: validation accuracy {accuracies[1]:.2%}, always {commonest!r} "
                       f"{val_baseline:.2%}; try another lr or more epochs")
@@ -904,7 +905,9 @@ def save_classifier(path, classifier):
 
 
 def load_classifier(path, device="cpu"):
-    """Return a saved Classifier."""
+    """Return the Classifier that was saved as `path`, or by train in the folder `path`."""
+    if Path(path).is_dir():
+        path = Path(path, "classifier.pth")
     if not Path(path).exists():
         raise FileNotFoundError(f"there is no {path}; train a classifier first")
     with open(path, "rb") as file:
@@ -1035,7 +1038,7 @@ def cache_hidden_states(model, datasets, num_frozen, device):
     for i, states in run_in_batches(run_blocks, items, device, not model.cfg["causal"]):
         ids, label = items[i]
         items[i] = states[:len(ids)].clone(), label  # a copy, so that the filled batch can go
-    print(f"That took {time.perf_counter() - start_time:.1f} s")
+    print(f"The frozen blocks took {time.perf_counter() - start_time:.1f} s")
     remaining = iter(items)
     return [list(islice(remaining, len(dataset))) for dataset in datasets], num_cached
 
@@ -1114,8 +1117,8 @@ def read_columns(path, names):
         df.columns = [str(column).strip().lower() for column in df]
         counts = [list(df).count(name.lower()) for name in names]
         if df.empty or counts != [1] * len(names):
-            found = " and ".join(f"{count} columns {name!r}" for count, name in zip(counts, names))
-            raise ValueError(f"{found} in {len(df)} rows; its header, the first row, is {list(df)!r:.150}")
+            raise ValueError(f"it needs one column each of the names {names}, and rows; it has the columns "
+                             f"{list(df)!r:.150} and {len(df)} rows")
         columns = [df[name.lower()].tolist() for name in names]
         for name, cells in zip(names, columns):
             for i, cell in enumerate(cells):
@@ -1286,7 +1289,7 @@ def find_model(name):
     try:
         return download_gpt2("124M", HERE / "weights")
     except requests.ConnectionError:
-        warnings.warn("no server with GPT-2 can be reached; using tiny.npz, a small GPT that is not GPT-2")
+        warnings.warn("no server with GPT-2 can be reached; using tiny.npz, a small GPT, not GPT-2")
         return TINY
 
 
@@ -1305,7 +1308,7 @@ def find_data(name):
     except requests.ConnectionError:
         if name == "sms":
             raise
-        warnings.warn("no server with the SMS data can be reached; using invented messages, sample_sms.tsv")
+        warnings.warn("no server with the SMS data can be reached; using the invented sample_sms.tsv")
         return SAMPLE
 
 
@@ -1428,9 +1431,8 @@ def cmd_experiments(args):
 
 def cmd_evaluate(args):
     """Measure a classifier on the test split of its training, or on another table."""
-    folder = Path(args.classifier)
-    classifier = load_classifier(folder / "classifier.pth", args.device)
-    path = find_data(args.data) if args.data else folder / "test.csv"
+    classifier = load_classifier(args.classifier, args.device)
+    path = find_data(args.data) if args.data else Path(args.classifier, "test.csv")
     df = read_messages(path, args.text_column, args.label_column)
     check_labels(df, classifier.labels)
     accuracy, table, confusion = calc_metrics(df["Label"], classifier.predict(df["Text"]), classifier.labels)
@@ -1442,7 +1444,7 @@ def cmd_classify(args):
     """Print label, probability and text, a line for each TEXT, or each line of a file or standard input."""
     if (args.texts and args.input) or (args.text_column and not args.input):
         raise ValueError("give texts or --input FILE, not both; --text-column is for a table: --input FILE")
-    classifier = load_classifier(Path(args.classifier) / "classifier.pth", args.device)
+    classifier = load_classifier(args.classifier, args.device)
     path = args.input or ""
     if args.texts:
         lists = [args.texts]
@@ -1534,7 +1536,7 @@ def build_parser():
     experiments.set_defaults(run=cmd_experiments)
     experiments.add_argument("--rows", nargs="+", type=int, metavar="N",
                              choices=range(1, len(EXPERIMENTS) + 1),
-                             help="of the book's table, 1 to 19; without, all that name no other --model")
+                             help=f"of the book's table, 1 to {len(EXPERIMENTS)}; without, those of --model")
     evaluate = add_command("evaluate", parents=[table, device], help="measure a classifier on a table",
                            epilog="example: python gpt_spam.py evaluate --data data/hard_sms.tsv")
     evaluate.set_defaults(run=cmd_evaluate)
@@ -1549,7 +1551,8 @@ def build_parser():
     add("--text-column", metavar="NAME", help="column of a table's texts (default: text)")
     add("--by-token", action="store_true", help="show the probability after each token")
     for command in (evaluate, classify):
-        command.add_argument("--classifier", default=OUT, metavar="FOLDER", help="the --out of train")
+        command.add_argument("--classifier", default=OUT, metavar="FOLDER",
+                             help="the --out of train (default: weights/spam_classifier)")
     return parser
 
 
