@@ -627,9 +627,10 @@ def test_settings_out_of_their_range_are_refused_and_those_without_effect_warned
             g.finetune(GPTModel(BASE_CONFIG | config), TOKENIZER, splits)
     with pytest.warns(UserWarning, match="bfloat16"), pytest.warns(UserWarning, match="46 .* to 1 token"):
         finetuned({"dtype": "bfloat16", "trainable_layers": "all", "context_length": 1})
-    monkeypatch.setattr(g, "get_rank_and_world_size", lambda: (0, 3))
-    with pytest.raises(ValueError, match="3 processes .* 8 or a split of 2"):
-        g.check_settings([*splits[:2], splits[2][:2]], **right)
+    for processes, fewest in ((3, 4), (4, 2)):
+        monkeypatch.setattr(g, "get_rank_and_world_size", lambda: (0, processes))
+        with pytest.raises(ValueError, match=f"{processes} processes .* 8 or a split of {fewest}"):
+            g.check_settings([*splits[:2], splits[2][:fewest]], **right)
 
 
 @pytest.mark.parametrize("at_chance, num_spam", [(0, 4), (1, 4), (2, 4), (1, 0)])
@@ -644,8 +645,7 @@ def test_a_run_is_at_chance_where_validation_is_not_better_than_one_label(at_cha
     with warnings.catch_warnings(record=True) as caught:
         accuracies = g.calc_final_accuracies(Echo(), loaders, "cpu", splits)
     assert accuracies == [1 - num_spam / 10 if split == at_chance else 1 for split in range(3)]
-    warned = (at_chance, num_spam) == (1, 4)  # validation alone is judged, if it has two labels
-    assert ["nothing was learned" in str(warning.message) for warning in caught] == [True] * warned
+    assert len(caught) == ((at_chance, num_spam) == (1, 4))  # validation alone is judged, with two labels
     assert "Of 10 test messages 7 also occur, word for word, in training;" in capsys.readouterr().out
 
 
@@ -813,7 +813,7 @@ def test_train_downloads_model_and_data_once(server, run, tmp_path, monkeypatch)
         monkeypatch.setattr(g, name, value)
     command = train_command(tmp_path, "--model", "auto", "--data", "auto")
     status, out, err = run(*command)
-    assert status == 0 and "Model gpt2-124M.npz, data SMSSpamCollection.tsv, device cpu\n" in out, err
+    assert status == 0 and out.startswith("Model gpt2-124M.npz, data SMSSpamCollection.tsv, device"), err
     assert "112,380 bytes" in run(*command, "--model", "355M")[2]
     server.files["/gpt-2/355M/encoder.json"] = b"{}"
     assert "SHA-256" in run(*command, "--model", "355M")[2]  # what was damaged is thrown away
@@ -1029,7 +1029,7 @@ def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("command, said", [
-    ("train --out .", "has a test.csv"), ("train --out d.tsv/out", "d.tsv"),
+    ("train --out .", "has a test.csv"), ("train --out /proc", "/proc"),
     ("train --data stars.csv", "the names ['label', 'text']"), ("train --model .", "hparams.json"),
     ("train --data eggs.csv", "20 messages"), ("train --test-data eggs.csv", "['eggs'] are not among"),
     ("train --model gpt5", "no model 'gpt5'"), ("train --model d.tsv", "is not a model"),
