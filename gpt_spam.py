@@ -25,6 +25,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 import zipfile
@@ -110,8 +111,8 @@ class SpamDataset(Dataset):
 
         encoded_texts = []
         for text in self.data["Text"]:  # or its ids
-            # encode_ordinary: a message that contains the letters "<|endoftext|>" does not end there;
-            # tiktoken ends the process at a million blanks
+            # encode_ordinary: a message that contains the letters "<|endoftext|>" does not end there.
+            # A million blanks are too much for tiktoken.
             ids = tokenizer.encode_ordinary(text[:900_000]) if isinstance(text, str) else text
             encoded_texts.append(ids or [pad_token_id])  # an empty text has one token
         self.max_length = max(map(len, encoded_texts)) if max_length is None else max_length
@@ -565,7 +566,7 @@ def classify_review(text, model, tokenizer, device, max_length=None, pad_token_i
         pad_token_id = tokenizer.eot_token
 
     model.eval()
-    input_ids = tokenizer.encode_ordinary(text)[:max_length]
+    input_ids = tokenizer.encode_ordinary(text[:900_000])[:max_length]
     input_ids += [pad_token_id] * (max_length - len(input_ids))
     input_tensor = torch.tensor(input_ids, device=device).unsqueeze(0)  # (1, tokens)
     logits = model(input_tensor)[:, -1, :]  # (1, classes)
@@ -640,10 +641,11 @@ def check_settings(splits, cfg=None, **settings):
         if settings[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {settings[name]!r}")
     for name, minimum in MINIMUMS.items():
-        if not minimum <= settings[name] < 2**63:  # which NaN is not
-            raise ValueError(f"{name} must be {minimum} or more, and below 2**63, got {settings[name]}")
+        value, types = settings[name], (int, np.integer, type(minimum))
+        if not isinstance(value, types) or not minimum <= value < 2**63:  # which NaN is not
+            raise ValueError(f"{name} must be {type(minimum).__name__}, {minimum} to 2**63, got {value!r}")
     length = settings["context_length"]
-    if length not in ("longest", "model") and not (isinstance(length, int) and length > 0):
+    if length not in ("longest", "model") and not (isinstance(length, (int, np.integer)) and length > 0):
         raise ValueError(f"context_length must be longest, model or a number of tokens, got {length!r}")
     batch_size, num_train = settings["batch_size"], len(splits[0])
     if batch_size > num_train:
@@ -664,7 +666,7 @@ def check_settings(splits, cfg=None, **settings):
         raise ValueError(f"lora_rank {settings['lora_rank']} is more than emb_dim, which is {cfg['emb_dim']}")
 
 
-# A new setting stands here, in the call of check_settings, in CHOICES or MINIMUMS, and in build_parser.
+# A new setting stands here, in the call of check_settings and in build_parser, its limits in MINIMUMS.
 def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
              epochs=5, batch_size=8, lr=5e-5, weight_decay=0.1, eval_freq=50, eval_iter=5, seed=123,
              trainable_layers="last_block", token_pos="last", causal_mask=True, lora_rank=8, lora_alpha=8.0,
@@ -672,11 +674,10 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
              schedule="constant", dtype="float32"):
     """Finetune a GPTModel on the frames of prepare_splits; return (Classifier with that model, results)."""
     check_settings(
-        splits, model.cfg, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay,
-        eval_freq=eval_freq, eval_iter=eval_iter, seed=seed, trainable_layers=trainable_layers,
-        token_pos=token_pos, causal_mask=causal_mask, lora_rank=lora_rank, lora_alpha=lora_alpha, init=init,
-        padding=padding, context_length=context_length, accumulation_steps=accumulation_steps,
-        schedule=schedule, dtype=dtype)
+        splits, model.cfg, epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed,
+        eval_freq=eval_freq, eval_iter=eval_iter, trainable_layers=trainable_layers, token_pos=token_pos,
+        causal_mask=causal_mask, lora_rank=lora_rank, lora_alpha=lora_alpha, init=init, padding=padding,
+        context_length=context_length, accumulation_steps=accumulation_steps, schedule=schedule, dtype=dtype)
     if not tokenizer.n_vocab == model.cfg["vocab_size"] == model.out_head.out_features:
         raise ValueError("finetuning uses a model up, or the tokenizer is not the model's; load both anew")
     _, num_processes = get_rank_and_world_size()
@@ -697,7 +698,8 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     for prompt, max_new_tokens in (("Every effort moves you", 15), (SPAM_PROMPT, 23)):
         idx = text_to_token_ids(prompt, tokenizer).to(device)
         idx = generate_text_simple(model, idx, max_new_tokens, model.cfg["context_length"])
-        print(f"  {prompt!r:.95}\n  -> {token_ids_to_text(idx, tokenizer)[len(prompt):]!r:.95}")
+        shortened = textwrap.shorten(prompt, 90, placeholder=" ...")
+        print(f"  {shortened!r}\n  -> {token_ids_to_text(idx, tokenizer)[len(prompt):]!r:.95}")
 
     # 6.5 Classification head
     torch.manual_seed(seed)
@@ -802,7 +804,7 @@ def calc_final_accuracies(model, loaders, device, splits):
     commonest = splits[0]["Label"].mode()[0]
     _, val_baseline, test_baseline = [(split["Label"] == commonest).mean() for split in splits]
     print(f"Of {len(splits[2]):,} test messages {num_known:,} also occur, word for word, in training;",
-          f"{test_baseline:.2%} are {commonest!r}")
+          f"always {commonest!r} is right in {test_baseline:.2%}")
     print("Final accuracy, training / validation / test: {:.2%} / {:.2%} / {:.2%}".format(*accuracies))
     if accuracies[1] <= val_baseline < 1:
         warnings.warn(f"nothing was learned: validation accuracy {accuracies[1]:.2%}, always {commonest!r} "
@@ -889,8 +891,7 @@ class Classifier:
 def save_classifier(path, classifier):
     """Save a self-contained classifier."""
     model, encoding = classifier.model, classifier.tokenizer
-    if not isinstance(model, GPTModel):  # such as a compiled one, whose values have other names
-        raise TypeError(f"only a GPTModel can be saved, not {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)  # in one that torch.compile has made
     merge_lora(model)
     content = vars(classifier) | {
         "version": CLASSIFIER_VERSION,
@@ -951,7 +952,7 @@ def collate(items):
 
 
 class LabelLogits(nn.Module):
-    """A GPT's logits of a Batch, of one position or their mean, as its last position: (batch, 1, classes)."""
+    """Logits (batch, 1, classes) of a GPT for a Batch: those at one position, or the mean of all."""
 
     def __init__(self, model, token_pos="last", num_cached=0):
         super().__init__()
@@ -1141,11 +1142,8 @@ def read_csv(text):
     separator = "\t" if is_uci else max("\t;,", key=first_line.count)
     csv.field_size_limit(2**31 - 1)
     # Default quoting, as in the chapter, merges some of UCI's messages: 5,572 rows, not 5,574.
-    rows = []
-    for row in csv.reader(io.StringIO(text + "\nEND", newline=""), delimiter=separator):
-        is_blank = "".join(row).strip() == ""
-        if not is_blank or row == [""]:  # an empty text, in quotation marks
-            rows.append(row)
+    lines = csv.reader(io.StringIO(text + "\nEND", newline=""), delimiter=separator)
+    rows = [row for row in lines if row == [""] or "".join(row).strip()]  # [""]: quotation marks alone
     if rows.pop() != ["END"]:
         raise ValueError("a quotation mark is left open")
     header = ["label", "text"] if is_uci else rows.pop(0)
@@ -1187,8 +1185,8 @@ def read_lines(stream, source):
 
 
 def printable(text):
-    """Return a text with blanks for what could steer a terminal: control characters, changes of direction."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069]", " ", text)
+    """Return a text with blanks for control characters and those that are unseen or change the direction."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069]", " ", text)
 
 
 def download(urls, path, check):
@@ -1243,7 +1241,7 @@ def check_sha256(path, expected):
 @contextlib.contextmanager
 def atomic_write(path):
     """Write to a temporary file and rename it on success."""
-    path = Path(path).resolve()
+    path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1323,7 +1321,7 @@ def train_model(name, data_file, given, splits, class_weights, device):
     print(f"Model {model_file.name}, data {data_file.name}, device {device}")
     print(f"Changed from the chapter: {', '.join(changes) or 'nothing'}")
     print("Training / validation / test: {:,} / {:,} / {:,} messages".format(*map(len, splits)))
-    counts = splits[0]["Label"].value_counts()[:20]  # the commonest
+    counts = splits[0]["Label"].value_counts()[:10]  # the commonest
     print("Labels of training:", ", ".join(f"{label} {count:,}" for label, count in counts.items()))
     classifier, results = finetune(model, tokenizer, splits, class_weights, device, **settings)
     return classifier, results | settings, changes
@@ -1333,17 +1331,18 @@ def cmd_train(args):
     """Finetune GPT-2 on labelled texts; save classifier, splits, metrics and plots in one folder."""
     out = Path(args.out).resolve()
     for path in (args.data, args.test_data or ""):
-        if Path(path).resolve() in [out / name for name in RESULT_FILES]:
+        if Path(path).resolve() in [(out / name).resolve() for name in RESULT_FILES]:
             raise ValueError(f"{path} would be replaced by a file in {out}; choose another --out")
     existing = [name for name in RESULT_FILES if (out / name).exists()]
-    is_ours = any(out.glob("*classifier.pth*"))  # or the temporary one of a training that was killed
-    if existing and not is_ours:
+    unfinished = list(out.glob(".classifier.pth.*.tmp"))
+    if existing and "classifier.pth" not in existing and not unfinished:
         raise ValueError(f"{out} has a {existing[0]}, but no classifier.pth; choose another --out")
+    if unfinished:
+        warnings.warn(f"{unfinished[0]} is of a training that still writes, or was killed; then delete it")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # an error now, not after the training
     if args.plot:
-        import matplotlib.pyplot as plt  # likewise
-        plt.switch_backend("Agg")  # which draws into files
+        import matplotlib.pyplot  # noqa: F401, likewise
     columns, test = (args.text_column, args.label_column), None
     if args.test_data:
         test = read_messages(args.test_data, *columns)
@@ -1354,18 +1353,19 @@ def cmd_train(args):
     rank, _ = get_rank_and_world_size()
     if rank > 0:
         return
-    # A classifier never stands beside the files of another training: the old one goes first, the new one
+    # A classifier never stands beside the files of an earlier training: the old one goes first, the new one
     # comes last, as an ExitStack ends in reverse order.
     names = RESULT_FILES if args.plot else RESULT_FILES[:-2]
     with contextlib.ExitStack() as stack:
-        classifier_path, metrics_path, *paths = [stack.enter_context(atomic_write(out / n)) for n in names]
+        temporary = [stack.enter_context(atomic_write(out / name)) for name in names]
+        classifier_path, metrics_path, *paths = temporary
         save_classifier(classifier_path, classifier)
         metrics_path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
         for path, split in zip(paths, splits):
             split.to_csv(path, index=False, quoting=csv.QUOTE_ALL)  # else a lone "\r" ends a row
         if args.plot:
             save_plots(paths[3:], results)
-        for name in RESULT_FILES:
+        for name in (RESULT_FILES[0], *RESULT_FILES[-2:]):  # classifier and plots; the others are replaced
             (out / name).unlink(missing_ok=True)
     print(f"Saved; try: python gpt_spam.py classify --classifier {args.out} TEXT")
 
@@ -1466,7 +1466,7 @@ def cmd_classify(args):
 
 def print_by_token(text, classifier):
     """Print a line per token: the second of two labels, or the likeliest, and its probability so far."""
-    ids = classifier.tokenizer.encode_ordinary(text)[:classifier.max_length]
+    ids = classifier.tokenizer.encode_ordinary(text[:900_000])[:classifier.max_length]
     beginnings = [ids[:end] for end in range(1, len(ids) + 1)]
     for token_id, row in zip(ids, classifier.predict_proba(beginnings)):
         token = repr(classifier.tokenizer.decode([token_id]))[1:-1]  # it may be a line break
