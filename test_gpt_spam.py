@@ -569,7 +569,7 @@ def plain_training(splits, s):
         for number, batch in enumerate(loaders[0], 1):
             (loss_of(batch) / s.accumulation_steps).backward()
             if number % s.accumulation_steps == 0 or number == len(loaders[0]):
-                if s.schedule == "linear":  # of 40 updates, each of 2 batches, the fourth has the highest rate
+                if s.schedule == "linear":  # of 40 updates of 2 batches the fourth has the highest rate
                     optimizer.param_groups[0]["lr"] = s.lr * np.interp(step // 2, [0, 3, 39], [0.04, 1, 0])
                 optimizer.step()
                 optimizer.zero_grad()
