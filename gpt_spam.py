@@ -1461,7 +1461,7 @@ def cmd_classify(args):
         for text, i, probability in zip(texts, best.indices.tolist(), best.values.tolist()):
             if args.by_token:
                 print_by_token(text, classifier)
-            print(classifier.labels[i], f"{probability:.4f}", printable(text), sep="\t")
+            print(f"{classifier.labels[i]}\t{probability:.4f}\t{printable(text)}")
 
 
 def print_by_token(text, classifier):
