@@ -148,11 +148,6 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def use(trained, run):
-    return lambda command, *args: run(command, "--classifier", trained.out, "--device", "cpu", *args)
-
-
-@pytest.fixture
 def server(monkeypatch):
     """A web server of `files`: `faults` befall its first answers, `starts` is where each request began."""
     state = SimpleNamespace(files={}, faults=[], starts=[])
@@ -387,6 +382,7 @@ def test_balanced_data_and_splits_are_the_chapters():
     shuffled = chapter.sample(frac=1, random_state=123, ignore_index=True)
     pd.testing.assert_frame_equal(pd.concat(frames), shuffled)
     assert list(map(len, g.prepare_splits(df, "none")[0])) == [161, 23, 46]
+    assert create_balanced_dataset(df[110:])["Label"].tolist() == ["ham"] * 60 + ["spam"] * 60  # a tie
 
 
 def test_other_labels_and_frames_are_prepared_or_refused():
@@ -849,8 +845,9 @@ def test_a_file_is_replaced_by_a_whole_one_and_a_pipe_by_none(tmp_path):
     with pytest.raises(OSError, match="pipe is not a regular file"):
         g.save_classifier(tmp_path / "pipe", untrained_classifier())
     assert (tmp_path / "pipe").is_fifo() and files_in(tmp_path) == {"f"}
-    made = g.Classifier(torch.compile(untrained_classifier().model), TOKENIZER, ["ham", "spam"], 10)
-    g.save_classifier(tmp_path / "f", made)
+    model = untrained_classifier().model
+    replace_linear_with_lora(model, rank=2, alpha=2)  # whose first logits are those of the model
+    g.save_classifier(tmp_path / "f", g.Classifier(torch.compile(model), TOKENIZER, ["ham", "spam"], 10))
     assert g.load_classifier(tmp_path / "f").predict("a") == untrained_classifier().predict("a")
 
 
@@ -955,21 +952,22 @@ def test_own_columns_three_labels_and_a_test_table_are_trained_on_and_evaluated(
     assert run("classify", *use[1:], "--input", tmp_path / "one.csv")[1].count("\n") == 3
 
 
-def test_classify_prints_label_probability_and_text(trained, use, tmp_path, monkeypatch):
+def test_classify_prints_label_probability_and_text(trained, run, tmp_path, monkeypatch):
+    classify = partial(run, "classify", "--classifier", trained.out, "--device", "cpu")
     made = g.load_classifier(trained.out / "classifier.pth")
     texts = ["\x1b[2Jwin\r\nnow\x9b1m\0", "", "\u202e😀"]
     answers = "".join(f"{made.labels[row.argmax()]}\t{row.max():.4f}\t{text}\n"
                       for row, text in zip(made.predict_proba(texts), [" [2Jwin  now 1m ", "", " 😀"]))
-    assert use("classify", *texts) == (0, answers, "")
+    assert classify(*texts) == (0, answers, "")
     content = "\ufeffa, text\n\n<|endoftext|>\r\nlabel,text\rend".encode()
     (tmp_path / "a.txt").write_bytes(content)
-    _, out, err = use("classify", "--input", tmp_path / "a.txt")
+    _, out, err = classify("--input", tmp_path / "a.txt")
     texts = ["a, text", "", "<|endoftext|>", "label,text", "end"]
     assert [line.split("\t")[2] for line in out.splitlines()] == texts and err == ""
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content), isatty=lambda: True))
-    status, again, err = use("classify")  # at a terminal it says how to end
+    status, again, err = classify()  # at a terminal it says how to end
     assert again == out and "Ctrl-D" in err
-    out = use("classify", "--by-token", "Win 😀\nnow", "")[1].splitlines()
+    out = classify("--by-token", "Win 😀\nnow", "")[1].splitlines()
     ids = TOKENIZER.encode_ordinary("Win 😀\nnow")
     tokens, numbers = zip(*(line.split(" spam ") for line in out[:len(ids)]))
     assert "".join(map(str.rstrip, tokens)) == "Win" + "\ufffd" * 4 + "\\nnow"
@@ -1009,9 +1007,10 @@ def test_a_classifier_is_the_first_file_to_go_and_the_last_to_come(run, tmp_path
     assert files_in(tmp_path / "out") == FOLDER | {".classifier.pth.1.tmp"}
 
 
-def test_ctrl_c_ends_quietly_with_130(run, monkeypatch):
+def test_ctrl_c_ends_quietly_with_130_and_warnings_steer_no_terminal(run, monkeypatch):
     monkeypatch.setattr(g, "load_classifier", lambda *args: signal.raise_signal(signal.SIGINT))
     assert run("classify", "hi") == (130, "", "")
+    assert warnings.formatwarning("\x1b[2J", UserWarning, "", 1) == "gpt_spam: warning:  [2J\n"
 
 
 def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path, monkeypatch):
