@@ -259,7 +259,7 @@ def token_ids_to_text(token_ids, tokenizer):
 # %%
 # ---- 6.4 Pretrained model: OpenAI's weights (chapter 5), without TensorFlow ----
 
-MODEL_SIZES = ("124M", "355M", "774M", "1558M")
+MODEL_SIZES = {"124M": 768, "355M": 1024, "774M": 1280, "1558M": 1600}  # emb_dim; the context is 1,024 tokens
 MODEL_URLS = (
     "https://openaipublic.blob.core.windows.net/gpt-2/models",
     "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
@@ -663,7 +663,9 @@ def check_settings(splits, cfg=None, **settings):
     if cfg["drop_rate"] > 0:
         raise ValueError(f"finetuning needs a drop_rate of 0, got {cfg['drop_rate']}")
     if settings["lora_rank"] > cfg["emb_dim"]:
-        raise ValueError(f"lora_rank {settings['lora_rank']} is more than emb_dim, which is {cfg['emb_dim']}")
+        raise ValueError(f"lora_rank {settings['lora_rank']} is more than the emb_dim, {cfg['emb_dim']}")
+    if length not in ("longest", "model") and length > cfg["context_length"]:
+        raise ValueError(f"context_length {length:,} is more than the model's {cfg['context_length']:,} tokens")
 
 
 # A new setting stands here, in the call of check_settings and in build_parser, its limits in MINIMUMS.
@@ -1313,7 +1315,10 @@ def find_data(name):
 def train_model(name, data_file, given, splits, class_weights, device):
     """Finetune the model that --model means; return (Classifier, results and settings, changes in words)."""
     chapter = finetune.__kwdefaults__
-    check_settings(splits, **(chapter | given))  # before a model is downloaded
+    cfg = None  # of a model that may have to be downloaded, which is not worth it if a setting is wrong
+    if name in MODEL_SIZES:
+        cfg = {"emb_dim": MODEL_SIZES[name], "context_length": 1024, "drop_rate": 0.0}
+    check_settings(splits, cfg, **(chapter | given))
     model_file = find_model(name)
     model, tokenizer, own = load_pretrained(model_file)  # the bundled model has settings of its own
     settings = chapter | own | given

@@ -1037,6 +1037,7 @@ def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path, monkeyp
     ("train --model 124M --lr nan", "lr must be"), ("train --model 124M --context-length x", "got 'x'"),
     ("train --label-column text", "cannot be both"), ("train --context-length 9999", "9,999"),
     ("train --no-padding --token-pos mean", "size 1"), ("train --no-padding --no-causal-mask", "size 1"),
+    ("train --model 124M --context-length 1025", "1,024"), ("train --model 124M --lora-rank 769", "768"),
     ("train --lora-rank 17", "lora_rank 17"), ("experiments --data stars.csv", "the names"),
     ("classify --input a.txt hi", "--input FILE"), ("classify --text-column a hi", "--input FILE"),
     ("classify --input \x1b[2J.csv", " [2J.csv is not a"), ("classify --input nowhere.txt", "nowhere.txt"),
