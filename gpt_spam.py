@@ -665,7 +665,7 @@ def check_settings(splits, cfg=None, **settings):
     if settings["lora_rank"] > cfg["emb_dim"]:
         raise ValueError(f"lora_rank {settings['lora_rank']} is more than the emb_dim, {cfg['emb_dim']}")
     if length not in ("longest", "model") and length > cfg["context_length"]:
-        raise ValueError(f"context_length {length:,} is more than the model's {cfg['context_length']:,} tokens")
+        raise ValueError(f"context_length {length:,} is more than the model's {cfg['context_length']:,}")
 
 
 # A new setting stands here, in the call of check_settings and in build_parser, its limits in MINIMUMS.
