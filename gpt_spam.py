@@ -645,7 +645,8 @@ def check_settings(splits, cfg=None, **settings):
         if not isinstance(value, types) or not minimum <= value < 2**63:  # which NaN is not
             raise ValueError(f"{name} must be {type(minimum).__name__}, {minimum} to 2**63, got {value!r}")
     length = settings["context_length"]
-    if length not in ("longest", "model") and not (isinstance(length, (int, np.integer)) and length > 0):
+    is_number = isinstance(length, (int, np.integer))
+    if length not in ("longest", "model") and not (is_number and length > 0):
         raise ValueError(f"context_length must be longest, model or a number of tokens, got {length!r}")
     batch_size, num_train = settings["batch_size"], len(splits[0])
     if batch_size > num_train:
@@ -664,7 +665,7 @@ def check_settings(splits, cfg=None, **settings):
         raise ValueError(f"finetuning needs a drop_rate of 0, got {cfg['drop_rate']}")
     if settings["lora_rank"] > cfg["emb_dim"]:
         raise ValueError(f"lora_rank {settings['lora_rank']} is more than the emb_dim, {cfg['emb_dim']}")
-    if length not in ("longest", "model") and length > cfg["context_length"]:
+    if is_number and length > cfg["context_length"]:
         raise ValueError(f"context_length {length:,} is more than the model's {cfg['context_length']:,}")
 
 
