@@ -25,7 +25,6 @@ import re
 import shutil
 import sys
 import tempfile
-import textwrap
 import time
 import warnings
 import zipfile
@@ -701,8 +700,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     for prompt, max_new_tokens in (("Every effort moves you", 15), (SPAM_PROMPT, 23)):
         idx = text_to_token_ids(prompt, tokenizer).to(device)
         idx = generate_text_simple(model, idx, max_new_tokens, model.cfg["context_length"])
-        shortened = textwrap.shorten(prompt, 90, placeholder=" ...")
-        print(f"  {shortened!r}\n  -> {token_ids_to_text(idx, tokenizer)[len(prompt):]!r:.95}")
+        print(f"  {prompt!r:.90}\n  -> {token_ids_to_text(idx, tokenizer)[len(prompt):]!r:.95}")
 
     # 6.5 Classification head
     torch.manual_seed(seed)
