@@ -115,7 +115,9 @@ class SpamDataset(Dataset):
             ids = tokenizer.encode_ordinary(text[:900_000]) if isinstance(text, str) else text
             encoded_texts.append(ids or [pad_token_id])  # an empty text has one token
         self.max_length = max(map(len, encoded_texts)) if max_length is None else max_length
-        self.num_cut = sum(len(ids) > self.max_length for ids in encoded_texts)
+        num_cut = sum(len(ids) > self.max_length for ids in encoded_texts)
+        if num_cut > 0:
+            warnings.warn(f"{num_cut:,} texts are cut to {self.max_length:,} tokens; the rest is not read")
         if padding:
             encoded_texts = [ids + [pad_token_id] * (self.max_length - len(ids)) for ids in encoded_texts]
         self.encoded_texts = [torch.tensor(ids[:self.max_length]) for ids in encoded_texts]  # (tokens,) each
@@ -766,9 +768,6 @@ def make_datasets(splits, labels, tokenizer, padding, context_length, model):
                          f"{limit:,}; context_length model cuts longer messages")
     # Validation and test messages are cut and padded as those of training are.
     datasets = [SpamDataset(frame, tokenizer, max_length, padding=padding) for frame in frames]
-    num_cut = sum(dataset.num_cut for dataset in datasets)
-    if num_cut > 0:
-        warnings.warn(f"{num_cut:,} messages are cut to {max_length:,} tokens; their rest is not read")
     rank, num_processes = get_rank_and_world_size()
     shares = [list(dataset)[rank::num_processes] for dataset in datasets]
     shares[0] = shares[0][:len(frames[0]) // num_processes]  # as many training messages in each process
@@ -879,8 +878,6 @@ class Classifier:
             raise TypeError(f"expected a string, or a list or column of strings, got {texts!r:.80}")
         frame = pd.DataFrame({"Text": rows, "Label": 0})
         dataset = SpamDataset(frame, self.tokenizer, self.max_length, padding=self.padding)
-        if dataset.num_cut > 0:
-            warnings.warn(f"texts are cut to {self.max_length} tokens, as in training; the rest is not read")
         logits = torch.empty(len(dataset), len(self.labels))
         label_logits = LabelLogits(self.model.eval(), self.token_pos)
         equal_lengths = self.token_pos == "mean" or not self.model.cfg["causal"]  # which read all of a batch
