@@ -642,8 +642,8 @@ def check_settings(splits, cfg=None, **settings):
         if settings[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {settings[name]!r}")
     for name, minimum in MINIMUMS.items():
-        value, types = settings[name], (int, np.integer, type(minimum))
-        if not isinstance(value, types) or not minimum <= value < 2**63:  # which NaN is not
+        value = settings[name]
+        if not np.can_cast(type(value), type(minimum)) or not minimum <= value < 2**63:  # which NaN is not
             raise ValueError(f"{name} must be {type(minimum).__name__}, {minimum} to 2**63, got {value!r}")
     length = settings["context_length"]
     is_number = isinstance(length, (int, np.integer))
