@@ -649,11 +649,10 @@ def check_settings(splits, cfg=None, **settings):
     is_number = isinstance(length, (int, np.integer))
     if length not in ("longest", "model") and not (is_number and length > 0):
         raise ValueError(f"context_length must be longest, model or a number of tokens, got {length!r}")
-    batch_size, num_train = settings["batch_size"], len(splits[0])
-    if batch_size > num_train:
-        raise ValueError(f"batch_size {batch_size} is more than {num_train} training messages")
+    batch_size, num_fewest = settings["batch_size"], min(map(len, splits))
+    if batch_size > len(splits[0]):
+        raise ValueError(f"batch_size {batch_size} is more than {len(splits[0])} training messages")
     _, num_processes = get_rank_and_world_size()
-    num_fewest = min(map(len, splits))
     if batch_size % num_processes != 0 or num_fewest < num_processes:
         raise ValueError(f"{num_processes} processes cannot share batches of {batch_size} or "
                          f"a split of {num_fewest} messages")
