@@ -592,7 +592,7 @@ CHOICES = {  # of settings that are names
 }
 MINIMUMS = {  # of settings that are numbers
     "epochs": 1, "batch_size": 1, "accumulation_steps": 1, "eval_freq": 1, "eval_iter": 1, "lora_rank": 1,
-    "seed": 0, "lr": 0.0, "weight_decay": 0.0, "lora_alpha": 0.0,
+    "context_length": 1, "seed": 0, "lr": 0.0, "weight_decay": 0.0, "lora_alpha": 0.0,
 }
 
 
@@ -641,14 +641,12 @@ def check_settings(splits, cfg=None, **settings):
     for name, choices in CHOICES.items():
         if settings[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {settings[name]!r}")
+    if settings["context_length"] in ("longest", "model"):
+        settings["context_length"] = 1  # which fits every model
     for name, minimum in MINIMUMS.items():
         value = settings[name]
         if not np.can_cast(type(value), type(minimum)) or not minimum <= value < 2**63:  # which NaN is not
             raise ValueError(f"{name} must be {type(minimum).__name__}, {minimum} to 2**63, got {value!r}")
-    length = settings["context_length"]
-    is_number = isinstance(length, (int, np.integer))
-    if length not in ("longest", "model") and not (is_number and length > 0):
-        raise ValueError(f"context_length must be longest, model or a number of tokens, got {length!r}")
     batch_size, num_fewest = settings["batch_size"], min(map(len, splits))
     if batch_size > len(splits[0]):
         raise ValueError(f"batch_size {batch_size} is more than {len(splits[0])} training messages")
@@ -663,10 +661,9 @@ def check_settings(splits, cfg=None, **settings):
         return
     if cfg["drop_rate"] > 0:
         raise ValueError(f"finetuning needs a drop_rate of 0, got {cfg['drop_rate']}")
-    if settings["lora_rank"] > cfg["emb_dim"]:
-        raise ValueError(f"lora_rank {settings['lora_rank']} is more than the emb_dim, {cfg['emb_dim']}")
-    if is_number and length > cfg["context_length"]:
-        raise ValueError(f"context_length {length:,} is more than the model's {cfg['context_length']:,}")
+    for name, size in (("lora_rank", "emb_dim"), ("context_length", "context_length")):
+        if settings[name] > cfg[size]:
+            raise ValueError(f"{name} {settings[name]:,} is more than the model's {size}, {cfg[size]:,}")
 
 
 # A new setting stands here, in the call of check_settings and in build_parser, its limits in MINIMUMS.
