@@ -766,7 +766,7 @@ def make_datasets(splits, labels, tokenizer, padding, context_length, model):
     datasets = [SpamDataset(frame, tokenizer, max_length, padding=padding) for frame in frames]
     rank, num_processes = get_rank_and_world_size()
     shares = [list(dataset)[rank::num_processes] for dataset in datasets]
-    shares[0] = shares[0][:len(frames[0]) // num_processes]  # as many training messages in each process
+    del shares[0][len(frames[0]) // num_processes:]  # as many training messages in each process
     return shares, max_length
 
 
