@@ -597,16 +597,16 @@ MINIMUMS = {  # of settings that are numbers
 
 
 def prepare_splits(df, balance="auto", test=None):
-    """Return ([training, validation, test] frames, class weights or None) of a frame with Label and Text.
+    """Return ((training, validation, test) frames, class weights or None) of a frame with Label and Text.
 
     `balance`: "undersample", "weights" (in the loss, the heavier the rarer a label), "none", or "auto": the
     chapter's undersampling for ham and spam, else weights. With a `test` frame, `df` is split 7 to 1.
     """
     if balance not in BALANCES:
         raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")
-    if pd.concat([df, test])[["Label", "Text"]].isna().to_numpy().any():
+    if pd.concat([df, test])[["Label", "Text"]].isna().any(axis=None):
         raise ValueError("a row has no label or no text")
-    df = df.assign(Label=df["Label"].astype(str))
+    df = df.astype({"Label": str})
     labels = sorted(set(df["Label"]))
     if balance == "auto":
         balance = "undersample" if labels == ["ham", "spam"] else "weights"
@@ -617,23 +617,23 @@ def prepare_splits(df, balance="auto", test=None):
                          f"with balance {balance!r}")
     splits = random_split(df, 0.7, 0.1)
     if test is not None:
-        test = test.assign(Label=test["Label"].astype(str))
+        test = test.astype({"Label": str})
         check_labels(test, labels)
-        splits = [*random_split(df, 0.875, 1)[:2], test]
+        splits = (*random_split(df, 0.875, 1)[:2], test)
     counts = splits[0]["Label"].value_counts().reindex(labels, fill_value=0)
     if counts.min() < 5:
         warnings.warn(f"only {counts.min()} training messages have the label {counts.idxmin()!r}")
     if balance != "weights":
-        return list(splits), None
-    counts = counts.clip(lower=1).to_numpy(np.float32)
-    return list(splits), torch.tensor(len(splits[0]) / len(labels) / counts)
+        return splits, None
+    class_weights = float(counts.mean()) / counts.clip(lower=1).to_numpy(np.float32)
+    return splits, torch.from_numpy(class_weights)
 
 
 def check_labels(df, labels):
     """Raise ValueError if a label of the frame is not one of `labels`."""
-    unknown = sorted(set(df["Label"]) - set(labels))
+    unknown = set(df["Label"]).difference(labels)
     if unknown:
-        raise ValueError(f"labels {unknown[:5]} are not among those of training, {labels[:20]}")
+        raise ValueError(f"labels {sorted(unknown)[:5]} are not among those of training, {labels[:20]}")
 
 
 def check_settings(splits, cfg=None, **settings):
