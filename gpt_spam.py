@@ -597,18 +597,14 @@ MINIMUMS = {  # of settings that are numbers
 
 
 def prepare_splits(df, balance="auto", test=None):
-    """Return ((training, validation, test) frames, class weights or None) of a frame with Label and Text.
-
-    `balance`: "undersample", "weights" (in the loss, the heavier the rarer a label), "none", or "auto": the
-    chapter's undersampling for ham and spam, else weights. With a `test` frame, `df` is split 7 to 1.
-    """
+    """Return ((training, validation, test) frames, class weights or None) of a frame with Label and Text."""
     if balance not in BALANCES:
         raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")
     if pd.concat([df, test])[["Label", "Text"]].isna().any(axis=None):
         raise ValueError("a row has no label or no text")
     df = df.astype({"Label": str})
     labels = sorted(set(df["Label"]))
-    if balance == "auto":
+    if balance == "auto":  # ham and spam are undersampled, as in the chapter; others are weighted in the loss
         balance = "undersample" if labels == ["ham", "spam"] else "weights"
     if balance == "undersample":
         df = create_balanced_dataset(df)
@@ -619,12 +615,13 @@ def prepare_splits(df, balance="auto", test=None):
     if test is not None:
         test = test.astype({"Label": str})
         check_labels(test, labels)
-        splits = (*random_split(df, 0.875, 1)[:2], test)
+        splits = (*random_split(df, 0.875, 1)[:2], test)  # training and validation, 7 to 1
     counts = splits[0]["Label"].value_counts().reindex(labels, fill_value=0)
     if counts.min() < 5:
         warnings.warn(f"only {counts.min()} training messages have the label {counts.idxmin()!r}")
     if balance != "weights":
         return splits, None
+    # The rarer a label, the heavier it weighs; the mean weight over training is 1.
     class_weights = float(counts.mean()) / counts.clip(lower=1).to_numpy(np.float32)
     return splits, torch.from_numpy(class_weights)
 
