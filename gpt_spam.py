@@ -716,11 +716,10 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
                           collate_fn=collate) for rows, is_train in zip(datasets, (True, False, False))]
 
     # 6.6 Loss and accuracy before training
-    if class_weights is not None:
-        class_weights = class_weights.to(device)
+    cross_entropy = nn.CrossEntropyLoss(class_weights, reduction="sum").to(device)
 
     def loss_fn(logits, target):  # PyTorch's mean divides by the weights, which in batches of one undoes them
-        return F.cross_entropy(logits, target, class_weights, reduction="sum") / len(target)
+        return cross_entropy(logits, target) / len(target)
 
     torch.manual_seed(seed)
     accuracies = [calc_accuracy_loader(loader, label_logits, device, 10) for loader in loaders]
