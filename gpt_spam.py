@@ -742,8 +742,8 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     results["examples_seen"] *= num_processes
     results["steps"] = list(range(0, epochs * len(loaders[0]), eval_freq))  # of the losses
     results["final_accuracy"] = calc_final_accuracies(label_logits, loaders, device, splits)
-    final_loss = torch.tensor(calc_loss_loader(loaders[1], label_logits, device, None, loss_fn))
-    if not all(torch.isfinite(values).all() for values in (final_loss, *trained)):
+    final_loss = calc_loss_loader(loaders[1], label_logits, device, None, loss_fn)
+    if not torch.isfinite(final_loss + nn.utils.get_total_norm(trained)):
         raise ValueError("after the last update, loss or parameters are not finite; try a smaller lr")
     merge_lora(model)
     return Classifier(model.eval(), tokenizer, labels, max_length, padding, token_pos), results
