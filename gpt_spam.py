@@ -704,12 +704,11 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     if dtype == "bfloat16" and num_frozen == 0:
         warnings.warn(f"dtype bfloat16 is for frozen blocks, trainable_layers {trainable_layers} has none")
     model.trf_blocks[:num_frozen].to(getattr(torch, dtype))
-    model.to(device)  # new layers are made on the CPU
     trained = [p for p in model.parameters() if p.requires_grad]
     num_trained, num_all = [sum(map(torch.numel, some)) for some in (trained, model.parameters())]
     print(f"Training {num_trained:,} of {num_all:,} parameters; the others stay frozen")
     datasets, num_cached = cache_hidden_states(model, datasets, num_frozen, device)
-    label_logits = LabelLogits(model, token_pos, num_cached)
+    label_logits = LabelLogits(model, token_pos, num_cached).to(device)  # new layers are made on the CPU
     if num_processes > 1:
         label_logits = nn.parallel.DistributedDataParallel(label_logits, find_unused_parameters=True)
     loaders = [DataLoader(rows, batch_size // num_processes, shuffle=is_train, drop_last=is_train,
@@ -791,7 +790,8 @@ def calc_final_accuracies(model, loaders, device, splits):
         counts = torch.tensor([num_right, num_examples])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)  # the sum over all processes
-        accuracies.append(counts[0].item() / counts[1].item())
+        num_right, num_examples = counts.tolist()
+        accuracies.append(num_right / num_examples)
     num_known = splits[2]["Text"].isin(splits[0]["Text"]).sum()
     commonest = splits[0]["Label"].mode()[0]
     _, val_baseline, test_baseline = [(split["Label"] == commonest).mean() for split in splits]
