@@ -772,12 +772,11 @@ def choose_trainable_layers(model, trainable_layers, lora_rank, lora_alpha):
     if trainable_layers == "last_two_blocks":
         model.trf_blocks[-2:].requires_grad_(True)
     if trainable_layers in ("last_layer", "lora"):  # the head alone
-        model.trf_blocks.requires_grad_(False)
-        model.final_norm.requires_grad_(False)
+        model.requires_grad_(False)
+        model.out_head.requires_grad_(True)
     if trainable_layers == "lora":
         replace_linear_with_lora(model, lora_rank, lora_alpha)
-    is_trained = [any(p.requires_grad for p in block.parameters()) for block in model.trf_blocks]
-    return is_trained.count(False)
+    return sum(not any(p.requires_grad for p in block.parameters()) for block in model.trf_blocks)
 
 
 def calc_final_accuracies(model, loaders, device, splits):
