@@ -616,7 +616,7 @@ def prepare_splits(df, balance="auto", test=None):
         test = test.astype({"Label": str})
         check_labels(test, labels)
         splits = (*random_split(df, 0.875, 1)[:2], test)  # training and validation, 7 to 1
-    counts = splits[0]["Label"].value_counts().reindex(labels, fill_value=0)
+    counts = pd.Categorical(splits[0]["Label"], labels).value_counts()  # of labels without messages, too
     if counts.min() < 5:
         warnings.warn(f"only {counts.min()} training messages have the label {counts.idxmin()!r}")
     if balance != "weights":
