@@ -609,8 +609,7 @@ def prepare_splits(df, balance="auto", test=None):
     if balance == "undersample":
         df = create_balanced_dataset(df)
     if len(df) < 20 or len(labels) < 2:
-        raise ValueError(f"at least 20 messages of two labels are needed, got {len(df)} of {labels[:5]}, "
-                         f"with balance {balance!r}")
+        raise ValueError(f"20 messages of two labels are needed, got {len(df)} of {labels[:5]} ({balance=})")
     splits = random_split(df, 0.7, 0.1)
     if test is not None:
         test = test.astype({"Label": str})
@@ -644,13 +643,12 @@ def check_settings(splits, cfg=None, **settings):
         value = settings[name]
         if not np.can_cast(type(value), type(minimum)) or not minimum <= value < 2**63:  # which NaN is not
             raise ValueError(f"{name} must be {type(minimum).__name__}, {minimum} to 2**63, got {value!r}")
-    batch_size, num_fewest = settings["batch_size"], min(map(len, splits))
+    batch_size, fewest = settings["batch_size"], min(map(len, splits))
     if batch_size > len(splits[0]):
         raise ValueError(f"batch_size {batch_size} is more than {len(splits[0])} training messages")
-    _, num_processes = get_rank_and_world_size()
-    if batch_size % num_processes != 0 or num_fewest < num_processes:
-        raise ValueError(f"{num_processes} processes cannot share batches of {batch_size} or "
-                         f"a split of {num_fewest} messages")
+    _, processes = get_rank_and_world_size()
+    if batch_size % processes != 0 or fewest < processes:
+        raise ValueError(f"{processes} processes cannot share batches of {batch_size} or a split of {fewest}")
     reads_zeros = settings["token_pos"] == "mean" or not settings["causal_mask"]  # those of `collate`
     if reads_zeros and batch_size > 1 and not settings["padding"]:
         raise ValueError(f"without padding, this token_pos or mask needs batch_size 1, not {batch_size}")
