@@ -753,8 +753,7 @@ def make_datasets(splits, labels, tokenizer, padding, context_length, model):
     longest = SpamDataset(frames[0], tokenizer, padding=False).max_length
     max_length = {"longest": longest, "model": limit}.get(context_length, context_length)
     if max_length > limit:
-        raise ValueError(f"context_length {context_length} is {max_length:,} tokens, more than the model's "
-                         f"{limit:,}; context_length model cuts longer messages")
+        raise ValueError(f"{max_length:,} tokens are too many; context_length model cuts texts at {limit:,}")
     # Validation and test messages are cut and padded as those of training are.
     datasets = [SpamDataset(frame, tokenizer, max_length, padding=padding) for frame in frames]
     rank, num_processes = get_rank_and_world_size()
