@@ -600,7 +600,8 @@ def prepare_splits(df, balance="auto", test=None):
     """Return ((training, validation, test) frames, class weights or None) of a frame with Label and Text."""
     if balance not in BALANCES:
         raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")
-    if pd.concat([df, test])[["Label", "Text"]].isna().any(axis=None):
+    messages = pd.concat([df, test])
+    if messages["Label"].hasnans or messages["Text"].hasnans:
         raise ValueError("a row has no label or no text")
     df = df.astype({"Label": str})
     labels = sorted(set(df["Label"]))
