@@ -704,7 +704,8 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
         warnings.warn(f"dtype bfloat16 is for frozen blocks, trainable_layers {trainable_layers} has none")
     model.trf_blocks[:num_frozen].to(getattr(torch, dtype))
     trained = [p for p in model.parameters() if p.requires_grad]
-    num_trained, num_all = [sum(map(torch.numel, some)) for some in (trained, model.parameters())]
+    num_trained = sum(map(torch.numel, trained))
+    num_all = sum(map(torch.numel, model.parameters()))
     print(f"Training {num_trained:,} of {num_all:,} parameters; the others stay frozen")
     datasets, num_cached = cache_hidden_states(model, datasets, num_frozen, device)
     label_logits = LabelLogits(model, token_pos, num_cached).to(device)  # new layers are made on the CPU
