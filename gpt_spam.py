@@ -827,15 +827,14 @@ def load_pretrained(path):
 def build_tokenizer(encoder_json):
     """Return the tiktoken.Encoding of OpenAI's encoder.json, given as text; tiktoken's own is a download."""
     # encoder.json has a character for each byte: itself, or where that is not printable, one from 256 on.
-    byte_of = {chr(byte): byte for byte in range(256)}
-    for i, byte in enumerate([*range(33), *range(127, 161), 173]):
-        byte_of[chr(256 + i)] = byte_of.pop(chr(byte))
+    byte_of = dict(enumerate([*range(33), *range(127, 161), 173], 256))
     ids = json.loads(encoder_json)
+    ids = {token.translate(byte_of).encode("latin-1"): i for token, i in ids.items()}
     # Bytes, then merges in the order of vocab.bpe, which is thus not needed; last the end of text.
     *tokens, last = sorted(ids, key=ids.get)
-    if last != END_OF_TEXT or sorted(ids.values()) != list(range(len(ids))):
+    if last != END_OF_TEXT.encode() or sorted(ids.values()) != list(range(len(ids))):
         raise ValueError(f"encoder.json does not number its tokens from 0 to {END_OF_TEXT}, the last one")
-    return encoding_of([bytes(byte_of[character] for character in token) for token in tokens])
+    return encoding_of(tokens)
 
 
 def encoding_of(tokens):
