@@ -966,22 +966,21 @@ def last_block_at(block, x, positions):
     """Return `block(x)` at positions (batch,), without dropout: x (batch, tokens, emb) to (batch, emb)."""
     # As q.(W_k x) = (W_k^T q).x, keys and values are not computed: 3.4 million products, not 142 million
     # (124M, 120 tokens).
-    att, (batch, tokens, emb) = block.att, x.shape
-    rows = torch.arange(batch, device=x.device)
+    att, heads = block.att, (block.att.num_heads, -1)
+    rows = torch.arange(len(x), device=x.device)
     shortcut = x[rows, positions]  # (batch, emb)
     x = block.norm1(x)
-    query = att.W_query(x[rows, positions]).view(batch, att.num_heads, -1)  # (batch, heads, head)
-    key_weight = att.W_key.weight.view(att.num_heads, -1, emb)  # (heads, head, emb)
-    value_weight = att.W_value.weight.view(att.num_heads, -1, emb)
-
-    projected_query = torch.einsum("bhd,hde->bhe", query, key_weight)  # (batch, heads, emb)
+    query = att.W_query(x[rows, positions]).unflatten(-1, heads)  # (batch, heads, head)
+    key_weight = att.W_key.weight.unflatten(0, heads)  # (heads, head, emb)
+    query_for_x = torch.einsum("bhd,hde->bhe", query, key_weight)  # (batch, heads, emb)
     # The key's bias shifts all scores of a query alike, which softmax ignores.
-    scores = torch.einsum("bhe,bte->bht", projected_query, x) / math.sqrt(query.shape[-1])
+    scores = query_for_x @ x.mT / math.sqrt(query.shape[-1])  # (batch, heads, tokens)
     if att.causal:
-        later = torch.arange(tokens, device=x.device) > positions[:, None]  # (batch, tokens)
-        scores = scores.masked_fill(later[:, None], -torch.inf)
-    weighted_x = torch.einsum("bht,bte->bhe", scores.softmax(dim=-1), x)  # (batch, heads, emb)
-    context = torch.einsum("bhe,hde->bhd", weighted_x, value_weight).reshape(batch, emb)
+        later = torch.arange(x.shape[1], device=x.device) > positions[:, None, None]
+        scores = scores.masked_fill(later, -torch.inf)
+    weighted_x = scores.softmax(dim=-1) @ x  # (batch, heads, emb)
+    value_weight = att.W_value.weight.unflatten(0, heads)  # (heads, head, emb)
+    context = torch.einsum("bhe,hde->bhd", weighted_x, value_weight).flatten(1)  # (batch, emb)
     if att.W_value.bias is not None:
         context = context + att.W_value.bias  # as the attention weights sum to 1
     x = shortcut + att.out_proj(context)
