@@ -927,13 +927,13 @@ class Batch(NamedTuple):
     positions: torch.Tensor  # (batch,) of the last tokens
 
     def to(self, device):
-        return Batch(self.inputs.to(device), self.positions.to(device))
+        return Batch(*[tensor.to(device) for tensor in self])
 
 
 def collate(items):
     """Return (Batch, labels (batch,)) of pairs whose inputs differ in length."""
     inputs, labels = zip(*items)
-    positions = torch.tensor([len(tokens) - 1 for tokens in inputs])
+    positions = torch.tensor([*map(len, inputs)]) - 1
     filled = nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # causal attention never reads these zeros
     return Batch(filled, positions), torch.stack(labels)
 
@@ -948,18 +948,16 @@ class LabelLogits(nn.Module):
 
     def forward(self, batch):
         model, (x, positions) = self.model, batch
-        *blocks, last_block = model.trf_blocks[self.num_cached:]
         if self.num_cached == 0:
             x = model.embed(x)
-        for block in blocks:
-            x = block(x)  # (batch, tokens, emb)
-        if self.token_pos == "mean":
-            logits = model.out_head(model.final_norm(last_block(x)))  # (batch, tokens, classes)
-            return logits.mean(dim=1, keepdim=True)
+        x = model.trf_blocks[self.num_cached:-1](x)  # (batch, tokens, emb)
         if self.token_pos == "first":
             positions = torch.zeros_like(positions)
-        x = last_block_at(last_block, x, positions).unsqueeze(1)  # (batch, 1, emb)
-        return model.out_head(model.final_norm(x))
+        if self.token_pos == "mean":
+            x = model.trf_blocks[-1](x)
+        else:
+            x = last_block_at(model.trf_blocks[-1], x, positions).unsqueeze(1)  # (batch, 1, emb)
+        return model.out_head(model.final_norm(x)).mean(dim=1, keepdim=True)  # of all, or of that one
 
 
 def last_block_at(block, x, positions):
