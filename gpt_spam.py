@@ -707,7 +707,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     num_trained = sum(map(torch.numel, trained))
     num_all = sum(map(torch.numel, model.parameters()))
     print(f"Training {num_trained:,} of {num_all:,} parameters; the others stay frozen")
-    datasets, num_cached = cache_hidden_states(model, datasets, num_frozen, device)
+    datasets, num_cached = cache_hidden_states(model, datasets, num_frozen)
     label_logits = LabelLogits(model, token_pos, num_cached).to(device)  # new layers are made on the CPU
     if num_processes > 1:
         label_logits = nn.parallel.DistributedDataParallel(label_logits, find_unused_parameters=True)
@@ -867,12 +867,9 @@ class Classifier:
             raise TypeError(f"expected a string, or a list or column of strings, got {texts!r:.80}")
         frame = pd.DataFrame({"Text": rows, "Label": 0})
         dataset = SpamDataset(frame, self.tokenizer, self.max_length, padding=self.padding)
-        logits = torch.empty(len(dataset), len(self.labels))
         label_logits = LabelLogits(self.model.eval(), self.token_pos)
-        equal_lengths = self.token_pos == "mean" or not self.model.cfg["causal"]  # which read all of a batch
-        for i, row in run_in_batches(label_logits, dataset, self.model.tok_emb.weight.device, equal_lengths):
-            logits[i] = row[0]
-        return logits.softmax(dim=-1)
+        logits = run_in_batches(self.model, label_logits, dataset, equal_lengths=self.token_pos == "mean")
+        return torch.cat([torch.empty(0, len(self.labels)), *logits]).softmax(dim=-1)  # there may be no texts
 
 
 def save_classifier(path, classifier):
@@ -986,46 +983,43 @@ def last_block_at(block, x, positions):
 
 
 @torch.no_grad()
-def run_in_batches(function, items, device, equal_lengths):
-    """Call `function` on Batches of items (ids, label); yield (i, output of the i-th), the longest first."""
-    max_tokens = 2048 if torch.device(device).type == "cpu" else 16384  # small: fits a CPU's cache
-    rows = sorted(range(len(items)), key=lambda row: len(items[row][0]))
+def run_in_batches(model, function, items, equal_lengths=False):
+    """Call `function` on Batches of items (ids, label), the longest first; return an output for each item."""
+    device = model.tok_emb.weight.device
+    max_tokens = 2048 if device.type == "cpu" else 16384  # small: fits a CPU's cache
+    lengths = [len(ids) for ids, _ in items]
+    rows = sorted(range(len(items)), key=lengths.__getitem__)
+    outputs = [None] * len(items)
     with tqdm(total=len(rows), unit=" texts", leave=False, delay=1, disable=None) as progress:
         while rows:
-            longest = len(items[rows[-1]][0])
+            longest = lengths[rows[-1]]
             batch = rows[-max(1, max_tokens // longest):]
-            if equal_lengths:
-                batch = [row for row in batch if len(items[row][0]) == longest]
+            if equal_lengths or not model.cfg["causal"]:  # all of a batch is read
+                batch = [row for row in batch if lengths[row] == longest]
             rows = rows[:-len(batch)]
             inputs, _ = collate([items[row] for row in batch])
-            yield from zip(batch, function(inputs.to(device)).cpu())
+            for row, output in zip(batch, function(inputs.to(device)).cpu()):
+                outputs[row] = output[:lengths[row]].clone()  # a copy, so that the filled batch can go
             progress.update(len(batch))
+    return outputs
 
 
-def cache_hidden_states(model, datasets, num_frozen, device):
+def cache_hidden_states(model, datasets, num_frozen):
     """Return (datasets with hidden states (tokens, emb) in place of ids, after how many frozen blocks)."""
     num_cached = min(num_frozen, len(model.trf_blocks) - 1)  # the last block runs at one position
-    items = [item for dataset in datasets for item in dataset]
-    num_values = sum(len(ids) for ids, _ in items) * model.cfg["emb_dim"]
-    size = num_values * model.trf_blocks[0].norm1.scale.itemsize
-    memory = math.inf  # on Windows, where Python cannot tell
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    items = sum(datasets, [])
+    size = sum(len(ids) for ids, _ in items) * model.trf_blocks[0].norm1.scale.nbytes
+    sysconf = getattr(os, "sysconf", lambda name: math.inf)  # Windows does not tell its memory
+    memory = sysconf("SC_PHYS_PAGES") * sysconf("SC_PAGE_SIZE")
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
     if num_cached == 0 or num_local * size > memory / 2:  # too large to be kept
         return datasets, 0
-
-    def run_blocks(batch):
-        return model.trf_blocks[:num_cached](model.embed(batch.inputs))  # (batch, tokens, emb)
-
     print(f"The frozen blocks' output never changes: it is computed once and kept, {size / 1e6:,.0f} MB")
     start_time = time.perf_counter()
-    for i, states in run_in_batches(run_blocks, items, device, not model.cfg["causal"]):
-        ids, label = items[i]
-        items[i] = states[:len(ids)].clone(), label  # a copy, so that the filled batch can go
+    blocks = model.trf_blocks[:num_cached]
+    states = iter(run_in_batches(model, lambda batch: blocks(model.embed(batch.inputs)), items))
     print(f"The frozen blocks took {time.perf_counter() - start_time:.1f} s")
-    remaining = iter(items)
-    return [list(islice(remaining, len(dataset))) for dataset in datasets], num_cached
+    return [[(next(states), label) for _, label in dataset] for dataset in datasets], num_cached
 
 
 def calc_metrics(true, predicted, names):
