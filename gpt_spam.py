@@ -1024,12 +1024,12 @@ def cache_hidden_states(model, datasets, num_frozen):
 
 def calc_metrics(true, predicted, names):
     """Return accuracy, a table of precision, recall, F1 and support by class, and the confusion matrix."""
-    pairs = pd.DataFrame({"true": list(true), "predicted": list(predicted)})
+    pairs = pd.DataFrame(zip(true, predicted), columns=["true", "predicted"])
     confusion = pd.crosstab(pairs["true"], pairs["predicted"])
     confusion = confusion.reindex(index=names, columns=names, fill_value=0)
     right, support, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum()
-    precision, recall, f1 = right / guessed, right / support, 2 * right / (guessed + support)
-    table = pd.DataFrame({"precision": precision, "recall": recall, "f1": f1, "support": support})
+    table = pd.DataFrame({"precision": right / guessed, "recall": right / support,
+                          "f1": 2 * right / (guessed + support), "support": support})
     return right.sum() / len(true), table.fillna(0), confusion
 
 
