@@ -874,14 +874,14 @@ class Classifier:
 
 def save_classifier(path, classifier):
     """Save a self-contained classifier."""
-    model, encoding = classifier.model, classifier.tokenizer
+    model, tokenizer = classifier.model, classifier.tokenizer
     model = getattr(model, "_orig_mod", model)  # in one that torch.compile has made
     merge_lora(model)
     content = vars(classifier) | {
         "version": CLASSIFIER_VERSION,
         "config": model.cfg,
         "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
-        "tokenizer": [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)],
+        "tokenizer": tokenizer.decode_tokens_bytes(range(tokenizer.eot_token)),
     }
     with atomic_write(path) as temporary:
         with open(temporary, "wb") as file:  # an open file reports that the disk is full
@@ -891,14 +891,15 @@ def save_classifier(path, classifier):
 
 def load_classifier(path, device="cpu"):
     """Return the Classifier that was saved as `path`, or by train in the folder `path`."""
-    if Path(path).is_dir():
-        path = Path(path, "classifier.pth")
-    if not Path(path).exists():
+    path = Path(path)
+    if path.is_dir():
+        path /= "classifier.pth"
+    if not path.exists():
         raise FileNotFoundError(f"there is no {path}; train a classifier first")
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         problem = "is damaged" if file.read(2) == b"PK" else "is not a classifier"
     with reading(path, problem), zipfile.ZipFile(path) as archive:
-        if archive.testzip() is not None:  # torch.load does not check the checksums
+        if archive.testzip():  # torch.load does not check the checksums
             raise ValueError("a checksum is wrong")
     with reading(path, "is not a classifier"):
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -906,7 +907,7 @@ def load_classifier(path, device="cpu"):
         if content.pop("version", None) != CLASSIFIER_VERSION:
             raise ValueError("saved by another version of gpt_spam; train again")
         model = GPTModel(config)
-        model.out_head = nn.Linear(config["emb_dim"], len(content["labels"]))
+        add_classification_head(model, len(content["labels"]))
         model.load_state_dict(state, assign=True)
         content["tokenizer"] = encoding_of(content["tokenizer"])
         classifier = Classifier(model.eval(), **content)
