@@ -906,8 +906,9 @@ def load_classifier(path, device="cpu"):
         config, state = content.pop("config"), content.pop("model")
         if content.pop("version", None) != CLASSIFIER_VERSION:
             raise ValueError("saved by another version of gpt_spam; train again")
-        model = GPTModel(config)
-        add_classification_head(model, len(content["labels"]))
+        with torch.device("meta"):  # no initial values
+            model = GPTModel(config)
+            add_classification_head(model, len(content["labels"]))
         model.load_state_dict(state, assign=True)
         content["tokenizer"] = encoding_of(content["tokenizer"])
         classifier = Classifier(model.eval(), **content)
