@@ -903,13 +903,13 @@ def load_classifier(path, device="cpu"):
             raise ValueError("a checksum is wrong")
     with reading(path, "is not a classifier"):
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
-        config, state = content.pop("config"), content.pop("model")
+        config = content.pop("config")
         if content.pop("version", None) != CLASSIFIER_VERSION:
             raise ValueError("saved by another version of gpt_spam; train again")
         with torch.device("meta"):  # no initial values
             model = GPTModel(config)
             add_classification_head(model, len(content["labels"]))
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict(content.pop("model"), assign=True)
         content["tokenizer"] = encoding_of(content["tokenizer"])
         classifier = Classifier(model.eval(), **content)
     model.to(device)
@@ -963,7 +963,8 @@ def last_block_at(block, x, positions):
     """Return `block(x)` at positions (batch,), without dropout: x (batch, tokens, emb) to (batch, emb)."""
     # As q.(W_k x) = (W_k^T q).x, keys and values are not computed: 3.4 million products, not 142 million
     # (124M, 120 tokens).
-    att, heads = block.att, (block.att.num_heads, -1)
+    att = block.att
+    heads = (att.num_heads, -1)
     rows = torch.arange(len(x), device=x.device)
     shortcut = x[rows, positions]  # (batch, emb)
     x = block.norm1(x)
