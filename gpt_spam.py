@@ -707,6 +707,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     num_trained = sum(map(torch.numel, trained))
     num_all = sum(map(torch.numel, model.parameters()))
     print(f"Training {num_trained:,} of {num_all:,} parameters; the others stay frozen")
+    start_time = time.perf_counter()  # the frozen blocks are part of the training, as in the chapter
     datasets, num_cached = cache_hidden_states(model, datasets, num_frozen)
     label_logits = LabelLogits(model, token_pos, num_cached).to(device)  # new layers are made on the CPU
     if num_processes > 1:
@@ -733,7 +734,6 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
         updates = epochs * math.ceil(len(loaders[0]) / accumulation_steps)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, lr, updates, pct_start=0.1, anneal_strategy="linear", cycle_momentum=False)
-    start_time = time.perf_counter()
     log = train_classifier_simple(label_logits, *loaders[:2], optimizer, device, epochs, eval_freq, eval_iter,
                                   loss_fn, accumulation_steps, scheduler)
     print(f"Training completed in {(time.perf_counter() - start_time) / 60:.2f} minutes.")
@@ -1018,10 +1018,8 @@ def cache_hidden_states(model, datasets, num_frozen):
     if num_cached == 0 or num_local * size > memory / 2:  # too large to be kept
         return datasets, 0
     print(f"The frozen blocks' output never changes: it is computed once and kept, {size / 1e6:,.0f} MB")
-    start_time = time.perf_counter()
     blocks = model.trf_blocks[:num_cached]
     states = iter(run_in_batches(model, lambda batch: blocks(model.embed(batch.inputs)), items))
-    print(f"The frozen blocks took {time.perf_counter() - start_time:.1f} s")
     return [[(next(states), label) for _, label in dataset] for dataset in datasets], num_cached
 
 
