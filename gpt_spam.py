@@ -832,7 +832,8 @@ def build_tokenizer(encoder_json):
     ids = {token.translate(byte_of).encode("latin-1"): i for token, i in ids.items()}
     # Bytes, then merges in the order of vocab.bpe, which is thus not needed; last the end of text.
     *tokens, last = sorted(ids, key=ids.get)
-    if last != END_OF_TEXT.encode() or sorted(ids.values()) != list(range(len(ids))):
+    is_complete = sorted(ids.values()) == list(range(len(ids)))
+    if last != END_OF_TEXT.encode() or not is_complete:
         raise ValueError(f"encoder.json does not number its tokens from 0 to {END_OF_TEXT}, the last one")
     return encoding_of(tokens)
 
@@ -868,8 +869,9 @@ class Classifier:
         frame = pd.DataFrame({"Text": rows, "Label": 0})
         dataset = SpamDataset(frame, self.tokenizer, self.max_length, padding=self.padding)
         label_logits = LabelLogits(self.model.eval(), self.token_pos)
-        logits = run_in_batches(self.model, label_logits, dataset, equal_lengths=self.token_pos == "mean")
-        return torch.cat([torch.empty(0, len(self.labels)), *logits]).softmax(dim=-1)  # there may be no texts
+        outputs = run_in_batches(self.model, label_logits, dataset, equal_lengths=self.token_pos == "mean")
+        logits = torch.cat([torch.empty(0, len(self.labels)), *outputs])  # there may be no texts
+        return logits.softmax(dim=-1)
 
 
 def save_classifier(path, classifier):
