@@ -1458,85 +1458,83 @@ def print_by_token(text, classifier):
         print(f"{token:<15} {classifier.labels[i]} {row[i]:.4f} {'█' * round(20 * row[i].item())}".rstrip())
 
 
-def add_setting(group, flag, help, **options):
-    """Add an option for a setting of `finetune`, which is absent from the result unless it is given."""
-    default = finetune.__kwdefaults__[flag[2:].replace("-", "_")]
-    if "type" in options:
-        options["metavar"] = "N"
-    group.add_argument(flag, default=argparse.SUPPRESS, help=f"{help} (default: {default})", **options)
+def add_settings(command, title, **helps):
+    """Add a group of options for settings of `finetune`; one that is not given stays out of the result."""
+    group = command.add_argument_group(title)
+    types = {"context_length": lambda text: int(text) if text.isdecimal() else text}
+    for name, text in helps.items():
+        default = finetune.__kwdefaults__[name]
+        options = {"type": types.get(name, type(default)), "metavar": "N"}
+        if name in CHOICES:
+            options = {"choices": CHOICES[name]}
+        elif isinstance(default, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                           help=f"{text} (default: {default})", **options)
 
 
 def build_parser():
-    """Return the parser; what two commands share stands in a parent parser."""
-    switch = argparse.BooleanOptionalAction
-    device, table, training = [argparse.ArgumentParser(add_help=False) for _ in range(3)]
-    device.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, mps, auto (the default)")
-    add = table.add_argument_group("columns of a table").add_argument
-    add("--text-column", default="text", metavar="NAME", help="column of texts (default: text)")
-    add("--label-column", default="label", metavar="NAME", help="column of labels (default: label)")
-    add = training.add_argument_group("model and data").add_argument
-    add("--model", default="auto", metavar="NAME", help="124M, 355M, 774M, 1558M, tiny, an .npz, "
-        "a folder of OpenAI's files, or auto (the default): 124M, offline tiny")
-    add("--data", default="auto", metavar="NAME",
-        help="sms, sample, a CSV, TSV or JSON file, or auto (the default): sms, offline sample")
-    add = partial(add_setting, training.add_argument_group("hyperparameters, by default the chapter's"))
-    add("--epochs", type=int, help="passes over the training split")
-    add("--batch-size", type=int, help="messages in a batch")
-    add("--lr", type=float, help="AdamW's learning rate; tiny has its own, 1e-3")
-    add("--weight-decay", type=float, help="AdamW's weight decay")
-    add("--eval-freq", type=int, help="batches between two logged losses")
-    add("--eval-iter", type=int, help="batches that a logged value is measured on")
-    add("--seed", type=int, help="for the new head and the order of messages")
-    add("--dtype", choices=CHOICES["dtype"], help="number format of the frozen blocks")
-
+    """Return the parser; what several commands share is added in a loop over them."""
     parser = argparse.ArgumentParser(description="Finetune GPT-2 to classify texts, such as spam.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    add_command = partial(commands.add_parser, usage="%(prog)s [options]")
-    train = add_command("train", parents=[training, table, device], help="finetune GPT-2 on labelled texts",
-                        epilog="example: python gpt_spam.py train --data reviews.csv --out reviews --plot")
-    train.set_defaults(run=cmd_train)
+    for name, run, help, example in (
+        ("train", cmd_train, "finetune GPT-2 on labelled texts", "--data reviews.csv --out reviews --plot"),
+        ("experiments", cmd_experiments, "run the book's table of experiments", "--model tiny > table.md"),
+        ("evaluate", cmd_evaluate, "measure a classifier on a table", "--data data/hard_sms.tsv"),
+        ("classify", cmd_classify, "classify texts", "< messages.txt"),
+    ):
+        command = commands.add_parser(name, help=help, usage="%(prog)s [options]",
+                                      epilog=f"example: python gpt_spam.py {name} {example}")
+        command.set_defaults(run=run)
+        command.add_argument("--device", default="auto", help="cpu, cuda, mps, auto (default)")
+    train, experiments, evaluate, classify = commands.choices.values()
+
     add = train.add_argument
     add("--out", default=OUT, metavar="FOLDER", help="for all results (default: weights/spam_classifier)")
     add("--plot", action="store_true", help="draw loss and accuracy into that folder")
     add("--test-data", metavar="FILE", help="table to test on; without, a fifth of --data")
-    add("--balance", default="auto", choices=BALANCES, help="auto (the default): "
-        "undersample ham and spam, weight other labels in the loss")
-    add = partial(add_setting, train.add_argument_group(
-        "seven questions of the book's author", "The command experiments runs his table."))
-    add("--trainable-layers", choices=CHOICES["trainable_layers"], help="to train besides the head")
-    add("--token-pos", choices=CHOICES["token_pos"], help="token whose logits are used; mean: of all tokens")
-    add("--causal-mask", action=switch, help="no token attends to later ones")
-    add("--lora-rank", type=int, help="rank of LoRA's matrices")
-    add("--lora-alpha", type=float, help="LoRA's output is scaled by alpha / rank")
-    add("--init", choices=CHOICES["init"], help="initial weights")
-    add("--padding", action=switch, help="pad to --context-length, which is slower")
-    add("--context-length", type=lambda text: int(text) if text.isdecimal() else text,
-        help="in tokens, or longest (message), or model (its limit)")
-    add("--accumulation-steps", type=int, help="batches per update")
-
-    experiments = add_command("experiments", parents=[training, table, device],
-                              help="run the book's table of experiments",
-                              epilog="example: python gpt_spam.py experiments --model tiny > table.md")
-    experiments.set_defaults(run=cmd_experiments)
+    add("--balance", default="auto", choices=BALANCES, help="default: undersample ham and spam, else weights")
     experiments.add_argument("--rows", nargs="+", type=int, metavar="N",
                              choices=range(1, len(EXPERIMENTS) + 1),
                              help=f"of the book's table, 1 to {len(EXPERIMENTS)}; without, those of --model")
-    evaluate = add_command("evaluate", parents=[table, device], help="measure a classifier on a table",
-                           epilog="example: python gpt_spam.py evaluate --data data/hard_sms.tsv")
-    evaluate.set_defaults(run=cmd_evaluate)
     evaluate.add_argument("--data", metavar="FILE", help="sms, sample or a table; without, FOLDER/test.csv")
-    classify = add_command("classify", parents=[device], help="classify texts",
-                           usage="%(prog)s [options] [TEXT ...]",
-                           epilog="example: tail -f messages.txt | python gpt_spam.py classify")
-    classify.set_defaults(run=cmd_classify)
+    classify.usage = "%(prog)s [options] [TEXT ...]"
     add = classify.add_argument
     add("texts", nargs="*", metavar="TEXT", help="text to classify; without, lines of standard input")
     add("--input", metavar="FILE", help="lines, or a table (.csv, .tsv, .json, .jsonl)")
-    add("--text-column", metavar="NAME", help="column of a table's texts (default: text)")
+    add("--text-column", help="column of a table's texts (default: text)")
     add("--by-token", action="store_true", help="show the probability after each token")
-    for command in (evaluate, classify):
-        command.add_argument("--classifier", default=OUT, metavar="FOLDER",
-                             help="the --out of train (default: weights/spam_classifier)")
+
+    for command in (train, experiments):
+        add = command.add_argument_group("model and data").add_argument
+        add("--data", default="auto", help="sms, sample, CSV, TSV, JSON, auto (default: sms, offline sample)")
+        add("--model", default="auto", help="124M, 355M, 774M, 1558M, tiny, an .npz, a folder of OpenAI's "
+                                            "files, auto (default: 124M, offline tiny)")
+        add_settings(command, "hyperparameters, by default the chapter's",
+                     epochs="passes over the training split",
+                     batch_size="messages in a batch",
+                     lr="AdamW's learning rate; tiny has its own, 1e-3",
+                     weight_decay="AdamW's weight decay",
+                     eval_freq="batches between two logged losses",
+                     eval_iter="batches that a logged value is measured on",
+                     seed="for the new head and the order of messages",
+                     dtype="number format of the frozen blocks")
+    for command in (train, experiments, evaluate):
+        add = command.add_argument_group("columns of a table").add_argument
+        add("--text-column", default="text", help="column of texts (default: text)")
+        add("--label-column", default="label", help="column of labels (default: label)")
+    for add in (evaluate.add_argument, classify.add_argument):
+        add("--classifier", default=OUT, metavar="FOLDER", help="the --out of train, whose default it has")
+    add_settings(train, "seven questions of the book's author (the command experiments runs his table)",
+                 trainable_layers="to train besides the head",
+                 token_pos="token whose logits are used; mean: of all tokens",
+                 causal_mask="no token attends to later ones",
+                 lora_rank="rank of LoRA's matrices",
+                 lora_alpha="LoRA's output is scaled by alpha / rank",
+                 init="initial weights",
+                 padding="pad to --context-length, which is slower",
+                 context_length="in tokens, or longest (message), or model (its limit)",
+                 accumulation_steps="batches per update")
     return parser
 
 
