@@ -1275,10 +1275,8 @@ def find_model(name):
 @first_process_first()
 def find_data(name):
     """Return the file that --data means; the SMS Spam Collection is downloaded once."""
-    if name == "sample":
-        return SAMPLE
     if name not in ("auto", "sms"):
-        return Path(name)
+        return SAMPLE if name == "sample" else Path(name)
     folder, path = HERE / "data", HERE / "data" / "SMSSpamCollection.tsv"
     try:
         with contextlib.redirect_stdout(sys.stderr):
