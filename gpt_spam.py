@@ -1312,15 +1312,13 @@ def train_model(name, data_file, given, splits, class_weights, device):
 def cmd_train(args):
     """Finetune GPT-2 on labelled texts; save classifier, splits, metrics and plots in one folder."""
     out = Path(args.out).resolve()
+    existing = [out / name for name in RESULT_FILES if (out / name).exists()]
     for path in (args.data, args.test_data or ""):
-        if Path(path).resolve() in [(out / name).resolve() for name in RESULT_FILES]:
+        if Path(path).resolve() in [file.resolve() for file in existing]:
             raise ValueError(f"{path} would be replaced by a file in {out}; choose another --out")
-    existing = [name for name in RESULT_FILES if (out / name).exists()]
-    unfinished = list(out.glob(".classifier.pth.*.tmp"))
-    if existing and "classifier.pth" not in existing and not unfinished:
-        raise ValueError(f"{out} has a {existing[0]}, but no classifier.pth; choose another --out")
-    if unfinished:
-        warnings.warn(f"{unfinished[0]} is of a training that still writes, or was killed; then delete it")
+    is_ours = any(out.glob("classifier.pth")) or any(out.glob(".classifier.pth.*.tmp"))  # of a killed one
+    if existing and not is_ours:
+        raise ValueError(f"{out} has a {existing[0].name}, but no classifier.pth; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # an error now, not after the training
     if args.plot:
