@@ -1323,29 +1323,26 @@ def cmd_train(args):
     tempfile.TemporaryFile(dir=out).close()  # an error now, not after the training
     if args.plot:
         import matplotlib.pyplot  # noqa: F401, likewise
-    columns, test = (args.text_column, args.label_column), None
-    if args.test_data:
-        test = read_messages(args.test_data, *columns)
+    columns = (args.text_column, args.label_column)
+    test = read_messages(args.test_data, *columns) if args.test_data else None
     data_file = find_data(args.data)
     splits, class_weights = prepare_splits(read_messages(data_file, *columns), args.balance, test)
     classifier, results, _ = train_model(
         args.model, data_file, args.settings, splits, class_weights, args.device)
-    rank, _ = get_rank_and_world_size()
-    if rank > 0:
+    if get_rank_and_world_size()[0] > 0:
         return
     # A classifier never stands beside the files of an earlier training: the old one goes first, the new one
     # comes last, as an ExitStack ends in reverse order.
     names = RESULT_FILES if args.plot else RESULT_FILES[:-2]
     with contextlib.ExitStack() as stack:
-        temporary = [stack.enter_context(atomic_write(out / name)) for name in names]
-        classifier_path, metrics_path, *paths = temporary
+        classifier_path, metrics_path, *paths = [
+            stack.enter_context(atomic_write(out / name)) for name in names]
         save_classifier(classifier_path, classifier)
         metrics_path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
         for path, split in zip(paths, splits):
             split.to_csv(path, index=False, quoting=csv.QUOTE_ALL)  # else a lone "\r" ends a row
-        if args.plot:
-            save_plots(paths[3:], results)
-        for name in (RESULT_FILES[0], *RESULT_FILES[-2:]):  # classifier and plots; the others are replaced
+        save_plots(paths[3:], results)  # none without --plot
+        for name in RESULT_FILES:
             (out / name).unlink(missing_ok=True)
     print(f"Saved; try: python gpt_spam.py classify --classifier {args.out} TEXT")
 
