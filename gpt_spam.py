@@ -1350,12 +1350,11 @@ def cmd_train(args):
 def save_plots(paths, results):
     """Save the plots of loss and accuracy as PNG files, with each value where it was measured."""
     examples_an_epoch = results["examples_seen"] / results["epochs"]
-    examples_seen = {"loss": np.array(results["steps"]) * results["batch_size"],
-                     "accuracy": np.arange(1, results["epochs"] + 1) * examples_an_epoch}
-    for path, (label, examples) in zip(paths, examples_seen.items()):
-        train_values, val_values = results[f"train_{label}"], results[f"val_{label}"]
-        figure = plot_values(examples / examples_an_epoch, examples, train_values, val_values, label)
-        figure.savefig(path, format="png", dpi=150)
+    epochs_seen = {"loss": np.array(results["steps"]) * results["batch_size"] / examples_an_epoch,
+                   "accuracy": np.arange(results["epochs"]) + 1}
+    for path, (label, epochs) in zip(paths, epochs_seen.items()):
+        values = results[f"train_{label}"], results[f"val_{label}"]
+        plot_values(epochs, epochs * examples_an_epoch, *values, label).savefig(path, format="png", dpi=150)
 
 
 # The book's table, row by row: published test accuracy, what differs from the chapter. Its script does not
