@@ -1289,9 +1289,10 @@ def find_data(name):
         return SAMPLE
 
 
-def train_model(name, data_file, given, splits, class_weights, device):
-    """Finetune the model that --model means; return (Classifier, results and settings, changes in words)."""
-    chapter = finetune.__kwdefaults__
+def train_model(options, data_file, splits, class_weights):
+    """Finetune as the command's options say; return (Classifier, results and settings, changes in words)."""
+    name, device, chapter = options["model"], options["device"], finetune.__kwdefaults__
+    given = {setting: options[setting] for setting in chapter if setting in options}
     cfg = None  # of a model that may have to be downloaded, which is not worth it if a setting is wrong
     if name in MODEL_SIZES:
         cfg = {"emb_dim": MODEL_SIZES[name], "context_length": 1024, "drop_rate": 0.0}
@@ -1327,8 +1328,7 @@ def cmd_train(args):
     test = read_messages(args.test_data, *columns) if args.test_data else None
     data_file = find_data(args.data)
     splits, class_weights = prepare_splits(read_messages(data_file, *columns), args.balance, test)
-    classifier, results, _ = train_model(
-        args.model, data_file, args.settings, splits, class_weights, args.device)
+    classifier, results, _ = train_model(vars(args), data_file, splits, class_weights)
     if get_rank_and_world_size()[0] > 0:
         return
     # A classifier never stands beside the files of an earlier training: the old one goes first, the new one
@@ -1393,14 +1393,13 @@ def cmd_experiments(args):
     print("| Row | Changed from the chapter | Training | Validation | Test | Published test |")
     print("|---" * 6 + "|")
     for row, (published, changes) in enumerate(EXPERIMENTS, 1):
-        given = {"model": args.model} | args.settings | changes
-        name = given.pop("model")
-        if (args.rows and row not in args.rows) or (not args.rows and name != args.model):
+        options = vars(args) | changes
+        if (args.rows and row not in args.rows) or (not args.rows and options["model"] != args.model):
             continue
         with contextlib.redirect_stdout(sys.stderr):
             print(f"Row {row}")
-            _, results, changes = train_model(name, data_file, given, splits, class_weights, args.device)
-        changed = ", ".join([f"model {name}", *changes])
+            _, results, changes = train_model(options, data_file, splits, class_weights)
+        changed = ", ".join([f"model {options['model']}", *changes])
         accuracies = "{:.2%} | {:.2%} | {:.2%}".format(*results["final_accuracy"])
         print(f"| {row} | {changed} | {accuracies} | {published} |")
 
@@ -1534,7 +1533,6 @@ def main(argv=None):
     """Run a command; return its exit status, 2 after one line about what was wrong."""
     args = build_parser().parse_args(argv)
     warnings.formatwarning = lambda message, *rest: f"gpt_spam: warning: {printable(str(message))}\n"
-    args.settings = {name: value for name, value in vars(args).items() if name in finetune.__kwdefaults__}
     is_launched = torch.distributed.is_torchelastic_launched()  # by torchrun
     rank = int(os.environ["RANK"]) if is_launched else 0
     try:
