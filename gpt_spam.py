@@ -1390,24 +1390,24 @@ def cmd_experiments(args):
     if set(df["Label"]) == {"ham", "spam"}:  # the book's script shuffles once more than the chapter
         df, balance = create_balanced_dataset(df).sample(frac=1, random_state=123), "none"
     splits, class_weights = prepare_splits(df, balance)
-    print("| Row | Changed from the chapter | Training | Validation | Test | Published test |")
-    print("|---" * 6 + "|")
+    print("| Row | Changed from the chapter | Training | Validation | Test | Published test |\n"
+          "|---|---|---|---|---|---|")
     for row, (published, changes) in enumerate(EXPERIMENTS, 1):
         options = vars(args) | changes
-        if (args.rows and row not in args.rows) or (not args.rows and options["model"] != args.model):
-            continue
-        with contextlib.redirect_stdout(sys.stderr):
-            print(f"Row {row}")
-            _, results, changes = train_model(options, data_file, splits, class_weights)
-        changed = ", ".join([f"model {options['model']}", *changes])
-        accuracies = "{:.2%} | {:.2%} | {:.2%}".format(*results["final_accuracy"])
-        print(f"| {row} | {changed} | {accuracies} | {published} |")
+        is_asked = row in args.rows if args.rows else options["model"] == args.model
+        if is_asked:
+            with contextlib.redirect_stdout(sys.stderr):
+                print(f"Row {row}")
+                _, results, changes = train_model(options, data_file, splits, class_weights)
+            changed = ", ".join([f"model {options['model']}", *changes])
+            accuracies = "{:.2%} | {:.2%} | {:.2%}".format(*results["final_accuracy"])
+            print(f"| {row} | {changed} | {accuracies} | {published} |")
 
 
 def cmd_evaluate(args):
     """Measure a classifier on the test split of its training, or on another table."""
     classifier = load_classifier(args.classifier, args.device)
-    path = find_data(args.data) if args.data else Path(args.classifier, "test.csv")
+    path = find_data(args.data or Path(args.classifier, "test.csv"))
     df = read_messages(path, args.text_column, args.label_column)
     check_labels(df, classifier.labels)
     accuracy, table, confusion = calc_metrics(df["Label"], classifier.predict(df["Text"]), classifier.labels)
