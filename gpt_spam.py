@@ -1149,20 +1149,12 @@ def decode(content, source):
 
 def read_lines(stream, source):
     """Yield lists of the lines of a byte stream, each as soon as it has arrived."""
-    rest, size = b"", 1 << 12
-    for chunk in iter(lambda: stream.read1(size), b""):
-        is_utf_16 = chunk.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in chunk
-        is_packed = chunk.startswith((b"\x1f\x8b", b"PK\3\4"))  # gzip, zip
-        if size == 1 << 12 and (is_utf_16 or is_packed):
-            raise ValueError(f"{source} is packed or UTF-16; lines are read in UTF-8")
-        size = 1 << 18  # after the first answers, which come soon, many at a time: it is faster
-        *lines, rest = (rest + chunk).splitlines(keepends=True)
-        if rest.endswith(b"\n"):  # "\r" may be half of "\r\n"
-            lines.append(rest)
-            rest = b""
-        yield [decode(line.rstrip(b"\r\n"), source) for line in lines]
+    rest = b""
+    for chunk in iter(lambda: stream.read1(1 << 16), b""):
+        *lines, rest = re.split(rb"\r?\n|\r(?!\Z)", rest + chunk)  # the last "\r" may be half of "\r\n"
+        yield [decode(line, source) for line in lines]
     if rest:
-        yield [decode(rest.rstrip(b"\r\n"), source)]
+        yield [decode(rest.rstrip(b"\r"), source)]
 
 
 def printable(text):
