@@ -1088,7 +1088,9 @@ def read_messages(path, text_column="text", label_column="label"):
 
 def read_columns(path, names):
     """Return the columns of these names (capitals do not matter) of a CSV, JSON or UCI table, as strings."""
-    text = decode(Path(path).read_bytes(), path).strip("\r\n")
+    content = Path(path).read_bytes()
+    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
+    text = decode(content, path, encoding).strip("\r\n")
     with reading(path, "is not a table of texts"):
         if text.startswith("["):
             df = pd.DataFrame(json.loads(text), dtype=object)
@@ -1136,12 +1138,10 @@ def read_csv(text):
     return pd.DataFrame(rows, columns=header)
 
 
-def decode(content, source):
-    """Return bytes as text: UTF-16 where a byte order mark says so, else UTF-8, else Windows-1252."""
-    is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+def decode(content, source, encoding="utf-8"):
+    """Return bytes as text: of this encoding, else of Windows-1252."""
     try:
-        text = content.decode("utf-16" if is_utf_16 else "utf-8")
-        return text.replace("\ufeff", "")  # byte order marks, also of files put together
+        return content.decode(encoding).replace("\ufeff", "")  # byte order marks, also of files put together
     except UnicodeDecodeError:
         warnings.warn(f"{source} is not all UTF-8; what is not is read as Windows-1252")
         return content.decode("cp1252", errors="replace")
