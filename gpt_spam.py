@@ -1070,10 +1070,8 @@ def first_process_first():
 
 def read_messages(path, text_column="text", label_column="label"):
     """Return a table's labelled texts as a frame of strings: Label, Text."""
-    if label_column.lower() == text_column.lower():
-        raise ValueError(f"column {text_column!r} cannot be both label and text")
-    labels, texts = read_columns(path, [label_column, text_column])
-    df = pd.DataFrame({"Label": labels, "Text": texts})
+    df = read_columns(path, [label_column, text_column])
+    df.columns = ["Label", "Text"]
     df["Label"] = df["Label"].str.normalize("NFC").str.strip()
     for number, (label, text) in enumerate(df.itertuples(index=False), 1):
         is_header = f"{label}\n{text}".lower() == f"{label_column}\n{text_column}".lower()
@@ -1087,7 +1085,7 @@ def read_messages(path, text_column="text", label_column="label"):
 
 
 def read_columns(path, names):
-    """Return the columns of these names (capitals do not matter) of a CSV, JSON or UCI table, as strings."""
+    """Return a frame of strings: a CSV, JSON or UCI table's columns of these names, in any capitals."""
     content = Path(path).read_bytes()
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
     text = decode(content, path, encoding).strip("\r\n")
@@ -1095,25 +1093,22 @@ def read_columns(path, names):
         if text.startswith("["):
             df = pd.DataFrame(json.loads(text), dtype=object)
         elif text.startswith("{"):  # JSON lines
-            df = pd.DataFrame([json.loads(line) for line in text.split("\n") if line.strip()], dtype=object)
+            lines = filter(str.strip, text.split("\n"))
+            df = pd.DataFrame(map(json.loads, lines), dtype=object)
         else:
             df = read_csv(text)
         df.columns = [str(column).strip().lower() for column in df]
-        counts = [list(df).count(name.lower()) for name in names]
-        if df.empty or counts != [1] * len(names):
+        wanted = [name.lower() for name in names]
+        found = [column for column in df if column in wanted]
+        if df.empty or sorted(found) != sorted(wanted):
             raise ValueError(f"it needs one column each of the names {names}, and rows; it has the columns "
                              f"{list(df)!r:.150} and {len(df)} rows")
-        columns = [df[name.lower()].tolist() for name in names]
-        for name, cells in zip(names, columns):
-            for i, cell in enumerate(cells):
-                if not isinstance(cell, (str, int, float)) or pd.isna(cell):
-                    row = df.iloc[i].tolist()
-                    raise ValueError(f"row {i + 1} has {cell!r:.60} as its {name}: {row!r:.80}")
-                if isinstance(cell, float) and cell.is_integer():  # as pandas writes an integer column
-                    cell = int(cell)
-                cell = str(cell).replace("\0", " ")
-                cells[i] = cell.encode(errors="replace").decode()  # JSON may hold half of a surrogate pair
-        return columns
+        df = df[wanted]
+        for number, row in enumerate(df.to_numpy().tolist(), 1):
+            if not all(map(np.isscalar, row)) or pd.isna(row).any():
+                raise ValueError(f"row {number} lacks a text or number: {row!r:.150}")
+    # JSON may hold NUL and half of a surrogate pair.
+    return df.map(lambda cell: str(cell).replace("\0", " ").encode(errors="replace").decode())
 
 
 def read_csv(text):
@@ -1416,7 +1411,7 @@ def cmd_classify(args):
     if args.texts:
         lists = [args.texts]
     elif args.text_column or path.lower().endswith((".csv", ".tsv", ".json", ".jsonl")):
-        lists = read_columns(path, [args.text_column or "text"])
+        lists = [read_columns(path, [args.text_column or "text"]).squeeze("columns")]
     elif path:
         lists = read_lines(open(path, "rb"), path)
     else:
