@@ -1075,12 +1075,9 @@ def read_messages(path, text_column="text", label_column="label"):
     df["Label"] = df["Label"].str.normalize("NFC").str.strip()
     for number, (label, text) in enumerate(df.itertuples(index=False), 1):
         is_header = f"{label}\n{text}".lower() == f"{label_column}\n{text_column}".lower()
-        if is_header or label[:1] in ("", '"') or label != printable(label):
+        if is_header or label == "" or label != printable(label).lstrip('"'):
             raise ValueError(f"row {number} of {path} has no proper label, or repeats the header; its label: "
                              f"{label!r:.80}, its text: {text!r:.80}")
-    num_empty = (df["Text"].str.strip() == "").sum()
-    if num_empty > 0:
-        warnings.warn(f"empty texts in {path}: {num_empty:,}")
     return df
 
 
