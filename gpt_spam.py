@@ -1110,18 +1110,18 @@ def read_columns(path, names):
 
 def read_csv(text):
     """Return the frame of a CSV text, whose header shows the separator; UCI's form has no header."""
-    if text.strip() == "" or "\0" in text:
-        raise ValueError("empty, or a binary file such as Excel, zip or Parquet; export it as CSV in UTF-8")
-    first_line = re.match(r"[^\r\n]*", text)[0]
-    is_uci = first_line.startswith(("ham\t", "spam\t"))
-    separator = "\t" if is_uci else max("\t;,", key=first_line.count)
+    if "\0" in text:
+        raise ValueError("a binary file, such as Excel, zip or Parquet; export it as CSV in UTF-8")
+    is_uci = text.startswith(("ham\t", "spam\t"))
+    if is_uci:
+        text = "label\ttext\n" + text
+    separator = max("\t;,", key=re.match(r"[^\r\n]*", text)[0].count)
     csv.field_size_limit(2**31 - 1)
     # Default quoting, as in the chapter, merges some of UCI's messages: 5,572 rows, not 5,574.
     lines = csv.reader(io.StringIO(text + "\nEND", newline=""), delimiter=separator)
-    rows = [row for row in lines if row == [""] or "".join(row).strip()]  # [""]: quotation marks alone
-    if rows.pop() != ["END"]:
-        raise ValueError("a quotation mark is left open")
-    header = ["label", "text"] if is_uci else rows.pop(0)
+    header, *rows = [row for row in lines if row == [""] or "".join(row).strip()]  # [""]: a quoted empty text
+    if not rows or rows.pop() != ["END"]:
+        raise ValueError("empty, or a quotation mark is left open")
     for number, row in enumerate(rows, 1):
         if len(row) != len(header):
             raise ValueError(f"row {number} has {len(row)} fields, its header {len(header)}: {row!r:.100}")
