@@ -1087,11 +1087,10 @@ def read_columns(path, names):
     encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8"
     text = decode(content, path, encoding).strip("\r\n")
     with reading(path, "is not a table of texts"):
+        if text.startswith("{"):  # JSON lines: an array but for its brackets and commas
+            text = "[" + re.sub(r"\n\s*\{", ",\n{", text) + "]"
         if text.startswith("["):
             df = pd.DataFrame(json.loads(text), dtype=object)
-        elif text.startswith("{"):  # JSON lines
-            lines = filter(str.strip, text.split("\n"))
-            df = pd.DataFrame(map(json.loads, lines), dtype=object)
         else:
             df = read_csv(text)
         df.columns = [str(column).strip().lower() for column in df]
