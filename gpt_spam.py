@@ -1095,8 +1095,7 @@ def read_columns(path, names):
             df = read_csv(text)
         df.columns = [str(column).strip().lower() for column in df]
         wanted = [name.lower() for name in names]
-        found = [column for column in df if column in wanted]
-        if df.empty or sorted(found) != sorted(wanted):
+        if df.empty or df.columns.isin(wanted).sum() != len(wanted):
             raise ValueError(f"it needs one column each of the names {names}, and rows; it has the columns "
                              f"{list(df)!r:.150} and {len(df)} rows")
         df = df[wanted]
