@@ -1402,23 +1402,21 @@ def cmd_classify(args):
     if (args.texts and args.input) or (args.text_column and not args.input):
         raise ValueError("give texts or --input FILE, not both; --text-column is for a table: --input FILE")
     classifier = load_classifier(args.classifier, args.device)
-    path = args.input or ""
     if args.texts:
         lists = [args.texts]
-    elif args.text_column or path.lower().endswith((".csv", ".tsv", ".json", ".jsonl")):
-        lists = [read_columns(path, [args.text_column or "text"]).squeeze("columns")]
-    elif path:
-        lists = read_lines(open(path, "rb"), path)
-    else:
+    elif not args.input:
         if sys.stdin.isatty():
             print("Type a text and press Enter; Ctrl-D ends.", file=sys.stderr)
         lists = read_lines(sys.stdin.buffer, "standard input")
+    elif args.text_column or args.input.lower().endswith((".csv", ".tsv", ".json", ".jsonl")):
+        lists = [read_columns(args.input, [args.text_column or "text"]).squeeze("columns")]
+    else:
+        lists = read_lines(open(args.input, "rb"), args.input)
     for texts in lists:
-        best = classifier.predict_proba(texts).max(dim=-1)
-        for text, i, probability in zip(texts, best.indices.tolist(), best.values.tolist()):
+        for text, row in zip(texts, classifier.predict_proba(texts)):
             if args.by_token:
                 print_by_token(text, classifier)
-            print(f"{classifier.labels[i]}\t{probability:.4f}\t{printable(text)}")
+            print(f"{classifier.labels[row.argmax()]}\t{row.max():.4f}\t{printable(text)}")
 
 
 def print_by_token(text, classifier):
