@@ -1158,7 +1158,7 @@ def download(urls, path, check):
     if path.exists():  # saved by hand
         return check(path)
     urls = [urls] if isinstance(urls, str) else urls
-    part = path.with_name(path.name + ".part")
+    part = Path(f"{path}.part")
     failures, error_type = [], requests.ConnectionError  # if no server is reached
     for url in urls:
         for pause in (0, 1, 3):  # three attempts
@@ -1169,13 +1169,11 @@ def download(urls, path, check):
             try:
                 response = requests.get(url, headers=headers, stream=True, timeout=(5, 30))
                 error_type = requests.RequestException
-                if response.status_code == 416:  # the part is as long as the file, or longer
-                    part.unlink(missing_ok=True)
                 response.raise_for_status()
                 part.parent.mkdir(parents=True, exist_ok=True)
-                mode = "ab" if response.status_code == 206 else "wb"  # 200: the whole file, from its start
                 total = response.raw.length_remaining
-                with (part.open(mode) as file,
+                # 206: the rest of the file; 200: the whole file, from its start
+                with (part.open("ab" if response.status_code == 206 else "wb") as file,
                       tqdm.wrapattr(file, "write", total, desc=path.name, disable=None) as target):
                     for chunk in response.iter_content(1 << 16):
                         target.write(chunk)
@@ -1183,6 +1181,8 @@ def download(urls, path, check):
                 return os.replace(part, path)
             except requests.RequestException as error:
                 reason = getattr(error.response, "status_code", type(error).__name__)
+                if reason == 416:  # the part is as long as the file, or longer
+                    part.unlink(missing_ok=True)
             except ValueError as error:  # what came is not what was wanted
                 part.unlink()
                 reason = error
@@ -1196,7 +1196,7 @@ def check_sha256(path, expected):
     """Raise ValueError unless the file has this SHA-256 (None: any)."""
     if expected is None:
         return  # without reading what may be 6 GB
-    found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != expected:
         raise ValueError(f"SHA-256 of {path} is {found[:9]}, not {expected[:9]}: damaged, or another file")
 
