@@ -1221,7 +1221,7 @@ def reading(path, problem):
     """Turn an error of reading into one line; a missing file says so itself, and our own bugs pass."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, EOFError, RuntimeError, csv.Error, zlib.error,
+    except (ValueError, TypeError, LookupError, EOFError, RuntimeError, zlib.error,
             zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} {problem} ({reason:.200})") from error
@@ -1425,7 +1425,7 @@ def print_by_token(text, classifier):
     beginnings = [ids[:end] for end in range(1, len(ids) + 1)]
     for token_id, row in zip(ids, classifier.predict_proba(beginnings)):
         token = repr(classifier.tokenizer.decode([token_id]))[1:-1]  # it may be a line break
-        i = 1 if len(row) == 2 else int(row.argmax())
+        i = 1 if len(row) == 2 else row.argmax()
         print(f"{token:<15} {classifier.labels[i]} {row[i]:.4f} {'█' * round(20 * row[i].item())}".rstrip())
 
 
