@@ -1102,8 +1102,8 @@ def read_columns(path, names):
         for number, row in enumerate(df.to_numpy().tolist(), 1):
             if not all(map(np.isscalar, row)) or pd.isna(row).any():
                 raise ValueError(f"row {number} lacks a text or number: {row!r:.150}")
-    # JSON may hold NUL and half of a surrogate pair.
-    return df.map(lambda cell: str(cell).replace("\0", " ").encode(errors="replace").decode())
+    return df.map(  # JSON may hold NUL and half of a surrogate pair
+        lambda cell: str(cell).replace("\0", " ").encode(errors="replace").decode())
 
 
 def read_csv(text):
@@ -1117,7 +1117,8 @@ def read_csv(text):
     csv.field_size_limit(2**31 - 1)
     # Default quoting, as in the chapter, merges some of UCI's messages: 5,572 rows, not 5,574.
     lines = csv.reader(io.StringIO(text + "\nEND", newline=""), delimiter=separator)
-    header, *rows = [row for row in lines if row == [""] or "".join(row).strip()]  # [""]: a quoted empty text
+    rows = [row for row in lines if row == [""] or "".join(row).strip()]  # [""]: quotation marks alone
+    header, *rows = rows
     if not rows or rows.pop() != ["END"]:
         raise ValueError("empty, or a quotation mark is left open")
     for number, row in enumerate(rows, 1):
@@ -1172,9 +1173,8 @@ def download(urls, path, check):
                 response.raise_for_status()
                 part.parent.mkdir(parents=True, exist_ok=True)
                 total = response.raw.length_remaining
-                # 206: the rest of the file; 200: the whole file, from its start
-                with (part.open("ab" if response.status_code == 206 else "wb") as file,
-                      tqdm.wrapattr(file, "write", total, desc=path.name, disable=None) as target):
+                file = part.open("ab" if response.status_code == 206 else "wb")  # 200: from the start
+                with file, tqdm.wrapattr(file, "write", total, desc=path.name, disable=None) as target:
                     for chunk in response.iter_content(1 << 16):
                         target.write(chunk)
                 check(part)
