@@ -115,9 +115,8 @@ class SpamDataset(Dataset):
             ids = tokenizer.encode_ordinary(text[:900_000]) if isinstance(text, str) else text
             encoded_texts.append(ids or [pad_token_id])  # an empty text has one token
         self.max_length = max(map(len, encoded_texts)) if max_length is None else max_length
-        num_cut = sum(len(ids) > self.max_length for ids in encoded_texts)
-        if num_cut > 0:
-            warnings.warn(f"{num_cut:,} texts are cut to {self.max_length:,} tokens; the rest is not read")
+        if any(len(ids) > self.max_length for ids in encoded_texts):
+            warnings.warn(f"texts are cut to {self.max_length:,} tokens, and the rest is not read")
         if padding:
             encoded_texts = [ids + [pad_token_id] * (self.max_length - len(ids)) for ids in encoded_texts]
         self.encoded_texts = [torch.tensor(ids[:self.max_length]) for ids in encoded_texts]  # (tokens,) each
@@ -583,17 +582,29 @@ def classify_review(text, model, tokenizer, device, max_length=None, pad_token_i
 SPAM_PROMPT = ("Is the following text 'spam'? Answer with 'yes' or 'no': 'You are a winner you have been "
                "specially selected to receive $1000 cash or a $2000 award.'")
 BALANCES = ("auto", "undersample", "weights", "none")
-CHOICES = {  # of settings that are names
-    "trainable_layers": ("last_layer", "last_block", "last_two_blocks", "all", "lora"),
-    "token_pos": ("last", "first", "mean"),
-    "init": ("pretrained", "random"),
-    "schedule": ("constant", "linear"),
-    "dtype": ("float32", "bfloat16"),
+# Settings of `finetune`: a number's smallest value or a name's choices, and what it is.
+HYPERPARAMETERS = {
+    "epochs": (1, "passes over the training split"),
+    "batch_size": (1, "messages in a batch"),
+    "lr": (0.0, "AdamW's learning rate; tiny has its own, 1e-3"),
+    "weight_decay": (0.0, "AdamW's weight decay"),
+    "eval_freq": (1, "batches between two logged losses"),
+    "eval_iter": (1, "batches that a logged value is measured on"),
+    "seed": (0, "for the new head and the order of messages"),
+    "dtype": (("float32", "bfloat16"), "number format of the frozen blocks"),
 }
-MINIMUMS = {  # of settings that are numbers
-    "epochs": 1, "batch_size": 1, "accumulation_steps": 1, "eval_freq": 1, "eval_iter": 1, "lora_rank": 1,
-    "context_length": 1, "seed": 0, "lr": 0.0, "weight_decay": 0.0, "lora_alpha": 0.0,
+QUESTIONS = {
+    "trainable_layers": (("last_layer", "last_block", "last_two_blocks", "all", "lora"), "besides the head"),
+    "token_pos": (("last", "first", "mean"), "token whose logits are used; mean: of all tokens"),
+    "causal_mask": ((True, False), "no token attends to later ones"),
+    "lora_rank": (1, "rank of LoRA's matrices"),
+    "lora_alpha": (0.0, "LoRA's output is scaled by alpha / rank"),
+    "init": (("pretrained", "random"), "initial weights"),
+    "padding": ((True, False), "pad to the context length, which is slower"),
+    "context_length": (1, "tokens, longest (message) or model (its limit)"),
+    "accumulation_steps": (1, "batches per update"),
 }
+SETTINGS = HYPERPARAMETERS | QUESTIONS | {"schedule": (("constant", "linear"), "of the learning rate")}
 
 
 def prepare_splits(df, balance="auto", test=None):
@@ -635,15 +646,18 @@ def check_labels(df, labels):
 
 def check_settings(splits, cfg=None, **settings):
     """Raise ValueError if a setting of `finetune` is invalid or does not fit these splits or a `cfg`."""
-    for name, choices in CHOICES.items():
-        if settings[name] not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {settings[name]!r}")
     if settings["context_length"] in ("longest", "model"):
         settings["context_length"] = 1  # which fits every model
-    for name, minimum in MINIMUMS.items():
+    for name, (limit, meaning) in SETTINGS.items():
         value = settings[name]
-        if not np.can_cast(type(value), type(minimum)) or not minimum <= value < 2**63:  # which NaN is not
-            raise ValueError(f"{name} must be {type(minimum).__name__}, {minimum} to 2**63, got {value!r}")
+        if isinstance(limit, tuple):
+            allowed = f"one of {', '.join(map(str, limit))}"
+            is_valid = value in limit
+        else:
+            allowed = f"{type(limit).__name__}, {limit} to 2**63"
+            is_valid = isinstance(value, (int, np.integer, type(limit))) and limit <= value < 2**63
+        if not is_valid:
+            raise ValueError(f"{name} must be {allowed}, got {value!r} ({name}: {meaning})")
     batch_size, fewest = settings["batch_size"], min(map(len, splits))
     if batch_size > len(splits[0]):
         raise ValueError(f"batch_size {batch_size} is more than {len(splits[0])} training messages")
@@ -662,7 +676,7 @@ def check_settings(splits, cfg=None, **settings):
             raise ValueError(f"{name} {settings[name]:,} is more than the model's {size}, {cfg[size]:,}")
 
 
-# A new setting stands here, in the call of check_settings and in build_parser, its limits in MINIMUMS.
+# A new setting stands in this signature, in the call of check_settings and in SETTINGS.
 def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
              epochs=5, batch_size=8, lr=5e-5, weight_decay=0.1, eval_freq=50, eval_iter=5, seed=123,
              trainable_layers="last_block", token_pos="last", causal_mask=True, lora_rank=8, lora_alpha=8.0,
@@ -1095,13 +1109,14 @@ def read_columns(path, names):
             df = read_csv(text)
         df.columns = [str(column).strip().lower() for column in df]
         wanted = [name.lower() for name in names]
-        if df.empty or df.columns.isin(wanted).sum() != len(wanted):
+        if df.empty or sorted(df.columns[df.columns.isin(wanted)]) != sorted(wanted):
             raise ValueError(f"it needs one column each of the names {names}, and rows; it has the columns "
                              f"{list(df)!r:.150} and {len(df)} rows")
         df = df[wanted]
-        for number, row in enumerate(df.to_numpy().tolist(), 1):
-            if not all(map(np.isscalar, row)) or pd.isna(row).any():
-                raise ValueError(f"row {number} lacks a text or number: {row!r:.150}")
+        is_cell = df.map(np.isscalar) & df.notna()  # JSON may hold lists and null
+        wrong = df[~is_cell.all(axis=1)]
+        if len(wrong) > 0:
+            raise ValueError(f"row {wrong.index[0] + 1} lacks a text or number: {list(wrong.iloc[0])!r:.150}")
     return df.map(  # JSON may hold NUL and half of a surrogate pair
         lambda cell: str(cell).replace("\0", " ").encode(errors="replace").decode())
 
@@ -1196,7 +1211,7 @@ def check_sha256(path, expected):
     """Raise ValueError unless the file has this SHA-256 (None: any)."""
     if expected is None:
         return  # without reading what may be 6 GB
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if found != expected:
         raise ValueError(f"SHA-256 of {path} is {found[:9]}, not {expected[:9]}: damaged, or another file")
 
@@ -1221,7 +1236,7 @@ def reading(path, problem):
     """Turn an error of reading into one line; a missing file says so itself, and our own bugs pass."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, EOFError, RuntimeError, zlib.error,
+    except (ValueError, TypeError, LookupError, EOFError, RuntimeError, csv.Error, zlib.error,
             zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} {problem} ({reason:.200})") from error
@@ -1429,19 +1444,20 @@ def print_by_token(text, classifier):
         print(f"{token:<15} {classifier.labels[i]} {row[i]:.4f} {'█' * round(20 * row[i].item())}".rstrip())
 
 
-def add_settings(command, title, **helps):
+def add_settings(command, title, settings):
     """Add a group of options for settings of `finetune`; one that is not given stays out of the result."""
     group = command.add_argument_group(title)
-    types = {"context_length": lambda text: int(text) if text.isdecimal() else text}
-    for name, text in helps.items():
+    for name, (limit, meaning) in settings.items():
         default = finetune.__kwdefaults__[name]
-        options = {"type": types.get(name, type(default)), "metavar": "N"}
-        if name in CHOICES:
-            options = {"choices": CHOICES[name]}
-        elif isinstance(default, bool):
+        options = {"type": type(limit), "metavar": "N"}
+        if name == "context_length":
+            options["type"] = lambda text: int(text) if text.isdecimal() else text
+        if isinstance(limit, tuple):
+            options = {"choices": limit}
+        if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
         group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                           help=f"{text} (default: {default})", **options)
+                           help=f"{meaning} (default: {default})", **options)
 
 
 def build_parser():
@@ -1481,31 +1497,14 @@ def build_parser():
         add("--data", default="auto", help="sms, sample, CSV, TSV, JSON, auto (default: sms, offline sample)")
         add("--model", default="auto", help="124M, 355M, 774M, 1558M, tiny, an .npz, a folder of OpenAI's "
                                             "files, auto (default: 124M, offline tiny)")
-        add_settings(command, "hyperparameters, by default the chapter's",
-                     epochs="passes over the training split",
-                     batch_size="messages in a batch",
-                     lr="AdamW's learning rate; tiny has its own, 1e-3",
-                     weight_decay="AdamW's weight decay",
-                     eval_freq="batches between two logged losses",
-                     eval_iter="batches that a logged value is measured on",
-                     seed="for the new head and the order of messages",
-                     dtype="number format of the frozen blocks")
+        add_settings(command, "hyperparameters, by default the chapter's", HYPERPARAMETERS)
     for command in (train, experiments, evaluate):
         add = command.add_argument_group("columns of a table").add_argument
         add("--text-column", default="text", help="column of texts (default: text)")
         add("--label-column", default="label", help="column of labels (default: label)")
     for add in (evaluate.add_argument, classify.add_argument):
         add("--classifier", default=OUT, metavar="FOLDER", help="the --out of train, whose default it has")
-    add_settings(train, "seven questions of the book's author (the command experiments runs his table)",
-                 trainable_layers="to train besides the head",
-                 token_pos="token whose logits are used; mean: of all tokens",
-                 causal_mask="no token attends to later ones",
-                 lora_rank="rank of LoRA's matrices",
-                 lora_alpha="LoRA's output is scaled by alpha / rank",
-                 init="initial weights",
-                 padding="pad to --context-length, which is slower",
-                 context_length="in tokens, or longest (message), or model (its limit)",
-                 accumulation_steps="batches per update")
+    add_settings(train, "the book's seven questions, which experiments answers", QUESTIONS)
     return parser
 
 
