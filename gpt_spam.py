@@ -52,10 +52,8 @@ from tqdm import tqdm
 # %%
 # ---- 6.2 Data set: download, balance, split ----
 
-DATA_URLS = (
-    "https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
-    "https://f001.backblazeb2.com/file/LLMs-from-scratch/sms%2Bspam%2Bcollection.zip",
-)
+DATA_URLS = ("https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
+             "https://f001.backblazeb2.com/file/LLMs-from-scratch/sms%2Bspam%2Bcollection.zip")
 DATA_SHA256 = "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"  # of the table in the zip
 
 
@@ -155,9 +153,8 @@ class MultiHeadAttention(nn.Module):
         values = self.W_value(x).unflatten(-1, heads).transpose(1, 2)
         dropout = self.dropout if self.training else 0.0
         # softmax(queries @ keys.T / sqrt(head) + mask) @ values; the causal mask is -inf for later tokens
-        context = F.scaled_dot_product_attention(
-            queries, keys, values, dropout_p=dropout, is_causal=self.causal)
-        return self.out_proj(context.transpose(1, 2).flatten(2))  # (batch, tokens, emb)
+        x = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout, is_causal=self.causal)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # (batch, tokens, emb)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         state_dict.pop(prefix + "mask", None)  # the book's code saves its causal mask
@@ -260,10 +257,8 @@ def token_ids_to_text(token_ids, tokenizer):
 # ---- 6.4 Pretrained model: OpenAI's weights (chapter 5), without TensorFlow ----
 
 MODEL_SIZES = {"124M": 768, "355M": 1024, "774M": 1280, "1558M": 1600}  # emb_dim; the context is 1,024 tokens
-MODEL_URLS = (
-    "https://openaipublic.blob.core.windows.net/gpt-2/models",
-    "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2",
-)
+MODEL_URLS = ("https://openaipublic.blob.core.windows.net/gpt-2/models",
+              "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2")
 DATA_FILE = "model.ckpt.data-00000-of-00001"
 CHECKPOINT_FILES = ("hparams.json", "encoder.json", DATA_FILE)
 MODEL_SHA256 = {  # the larger data files have no published hash
@@ -1090,8 +1085,7 @@ def read_messages(path, text_column="text", label_column="label"):
     for number, (label, text) in enumerate(df.itertuples(index=False), 1):
         is_header = f"{label}\n{text}".lower() == f"{label_column}\n{text_column}".lower()
         if is_header or label == "" or label != printable(label).lstrip('"'):
-            raise ValueError(f"row {number} of {path} has no proper label, or repeats the header; its label: "
-                             f"{label!r:.80}, its text: {text!r:.80}")
+            raise ValueError(f"row {number} of {path} has no proper label: {label!r:.80}, text {text!r:.80}")
     return df
 
 
@@ -1117,8 +1111,8 @@ def read_columns(path, names):
         wrong = df[~is_cell.all(axis=1)]
         if len(wrong) > 0:
             raise ValueError(f"row {wrong.index[0] + 1} lacks a text or number: {list(wrong.iloc[0])!r:.150}")
-    return df.map(  # JSON may hold NUL and half of a surrogate pair
-        lambda cell: str(cell).replace("\0", " ").encode(errors="replace").decode())
+    df = df.map(lambda cell: str(cell).replace("\0", " "))
+    return df.map(lambda cell: cell.encode(errors="replace").decode())  # JSON may hold half a surrogate pair
 
 
 def read_csv(text):
@@ -1315,8 +1309,9 @@ def cmd_train(args):
         if Path(path).resolve() in [file.resolve() for file in existing]:
             raise ValueError(f"{path} would be replaced by a file in {out}; choose another --out")
     is_ours = any(out.glob("classifier.pth")) or any(out.glob(".classifier.pth.*.tmp"))  # of a killed one
-    if existing and not is_ours:
-        raise ValueError(f"{out} has a {existing[0].name}, but no classifier.pth; choose another --out")
+    foreign = [path.name for path in existing if not (is_ours and path.is_file())]
+    if foreign:
+        raise ValueError(f"{out} has a {foreign[0]} that no training wrote; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # an error now, not after the training
     if args.plot:
@@ -1387,8 +1382,7 @@ def cmd_experiments(args):
     if set(df["Label"]) == {"ham", "spam"}:  # the book's script shuffles once more than the chapter
         df, balance = create_balanced_dataset(df).sample(frac=1, random_state=123), "none"
     splits, class_weights = prepare_splits(df, balance)
-    print("| Row | Changed from the chapter | Training | Validation | Test | Published test |\n"
-          "|---|---|---|---|---|---|")
+    print("| Row | Changed | Training | Validation | Test | Published test |\n|---|---|---|---|---|---|")
     for row, (published, changes) in enumerate(EXPERIMENTS, 1):
         options = vars(args) | changes
         is_asked = row in args.rows if args.rows else options["model"] == args.model

@@ -743,7 +743,7 @@ def test_a_table_is_read_as_it_was_meant_and_what_is_doubtful_is_said(tmp_path, 
     (b"label,text\nham,hello\nspam\nham,bye\n", r"row 2 .*\['spam'\]"),  # a short row
     (b"label,text\nham,hello\nthere\n", r"row 2 .*\['there'\]"),  # a text broken in two lines
     (b"label,text\nham,a\nTotal: 1 message\n", "row 2 .*Total"), (b"label,text\nham,a,b\n", "row 1 .*'b'"),
-    (b"label,text\nham,a\nspam,b\nlabel,text\nham,c\n", "row 3 .*repeats the header"),
+    (b"label,text\nham,a\nspam,b\nlabel,text\nham,c\n", "row 3 .*'label', text 'text'"),
     (b'text,label\n"a", "ham"\n', 'row 1 .*\'"ham"\''), (b'label,text\nham,a\n""\n', r"row 2 .*\[''\]"),
     (b"label,text,Text\nham,a,b\n", "'text', 'text'.* and 1 rows"), (b"label,text\n", "and 0 rows"),
     (b"review,stars\nfine,5\n", r"the names \['label', 'text'\].*'review', 'stars'"),
@@ -1025,7 +1025,8 @@ def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("command, said", [
-    ("train --out .", "has a test.csv"), ("train --out /proc", "/proc"), ("train --model .", "hparams.json"),
+    ("train --out .", "has a test.csv"), ("train --out full", "has a loss-plot.png that no training wrote"),
+    ("train --out /proc", "/proc"), ("train --model .", "hparams.json"),
     ("train --data stars.csv", "the names ['label', 'text']"), ("train --data eggs.csv", "20 messages"),
     ("train --test-data eggs.csv", "['eggs'] are not among"), ("train --model gpt5", "no model 'gpt5'"),
     ("train --model pickled.npz", "is not a model"), ("train --model 124M", "cannot download hparams.json"),
@@ -1044,7 +1045,9 @@ def test_bad_input_is_one_line_and_status_2(run, trained, tmp_path, monkeypatch,
         monkeypatch.setattr(g, name, value)
     name, *args = command.split()
     files = {"stars.csv": "review,stars\nfine,5\n", "eggs.csv": "label,text\neggs,hi\n", "test.csv": "",
-             "\x1b[2J.csv": "review\n", "a.txt": "hi\n", "d.tsv": TABLE.decode(), "my_classifier.pth": ""}
+             "\x1b[2J.csv": "review\n", "a.txt": "hi\n", "d.tsv": TABLE.decode(), "my_classifier.pth": "",
+             "full/classifier.pth": ""}
+    Path("full/loss-plot.png").mkdir(parents=True)
     for file, content in files.items():
         Path(file).write_text(content)
     evil = type("Evil", (), {"__reduce__": lambda self: (os.system, ("touch evil-was-here",))})
