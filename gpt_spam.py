@@ -703,7 +703,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     for prompt, max_new_tokens in (("Every effort moves you", 15), (SPAM_PROMPT, 23)):
         idx = text_to_token_ids(prompt, tokenizer).to(device)
         idx = generate_text_simple(model, idx, max_new_tokens, model.cfg["context_length"])
-        print(f"  {prompt!r:.90}\n  -> {token_ids_to_text(idx, tokenizer)[len(prompt):]!r:.95}")
+        print(f"  {prompt[:85]!r} ...\n  -> {token_ids_to_text(idx, tokenizer)[len(prompt):]!r:.95}")
 
     # 6.5 Classification head
     torch.manual_seed(seed)
@@ -917,9 +917,8 @@ def load_classifier(path, device="cpu"):
         config = content.pop("config")
         if content.pop("version", None) != CLASSIFIER_VERSION:
             raise ValueError("saved by another version of gpt_spam; train again")
-        with torch.device("meta"):  # no initial values
-            model = GPTModel(config)
-            add_classification_head(model, len(content["labels"]))
+        model = GPTModel(config)
+        add_classification_head(model, len(content["labels"]))
         model.load_state_dict(content.pop("model"), assign=True)
         content["tokenizer"] = encoding_of(content["tokenizer"])
         classifier = Classifier(model.eval(), **content)
