@@ -49,8 +49,7 @@ from tqdm import tqdm
 
 # ======== Part 1: the chapter ========
 
-# %%
-# ---- 6.2 Data set: download, balance, split ----
+# %% ---- 6.2 Data set: download, balance, split ----
 
 DATA_URLS = ("https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
              "https://f001.backblazeb2.com/file/LLMs-from-scratch/sms%2Bspam%2Bcollection.zip")
@@ -93,8 +92,7 @@ def random_split(df, train_frac, validation_frac):
     return df[:train_end], df[train_end:validation_end], df[validation_end:]
 
 
-# %%
-# ---- 6.3 Data loaders: token ids, padding, batches ----
+# %% ---- 6.3 Data loaders: token ids, padding, batches ----
 
 class SpamDataset(Dataset):
     """Messages of a CSV file or frame (Text, Label 0 or 1), cut and padded; each: (ids (tokens,), label)."""
@@ -130,8 +128,7 @@ class SpamDataset(Dataset):
 # The chapter's loaders: DataLoader(train_dataset, batch_size=8, shuffle=True, drop_last=True), and without
 # shuffle and drop_last for validation and test.
 
-# %%
-# ---- 6.4 Pretrained model: the GPT architecture (chapters 3 and 4) ----
+# %% ---- 6.4 Pretrained model: the GPT architecture (chapters 3 and 4) ----
 
 class MultiHeadAttention(nn.Module):
     """Causal self-attention by PyTorch's fused function, which needs no mask of `context_length`."""
@@ -253,8 +250,7 @@ def token_ids_to_text(token_ids, tokenizer):
     return tokenizer.decode(token_ids.flatten().tolist())
 
 
-# %%
-# ---- 6.4 Pretrained model: OpenAI's weights (chapter 5), without TensorFlow ----
+# %% ---- 6.4 Pretrained model: OpenAI's weights (chapter 5), without TensorFlow ----
 
 MODEL_SIZES = {"124M": 768, "355M": 1024, "774M": 1280, "1558M": 1600}  # emb_dim; the context is 1,024 tokens
 MODEL_URLS = ("https://openaipublic.blob.core.windows.net/gpt-2/models",
@@ -382,8 +378,7 @@ def read_config(hparams_json):
     return cfg | {"drop_rate": 0.0, "qkv_bias": True}
 
 
-# %%
-# ---- 6.5 Classification head: freeze GPT-2, train the end of it ----
+# %% ---- 6.5 Classification head: freeze GPT-2, train the end of it ----
 
 def add_classification_head(model, num_classes):
     """Freeze the model, replace its head, unfreeze its end (the chapter: after torch.manual_seed(123))."""
@@ -396,8 +391,7 @@ def add_classification_head(model, num_classes):
     model.final_norm.requires_grad_(True)
 
 
-# %%
-# ---- Appendix E: LoRA, two thin matrices beside each frozen one ----
+# %% ---- Appendix E: LoRA, two thin matrices beside each frozen one ----
 
 class LoRALayer(nn.Module):
     """Low-rank adaptation (Hu et al. 2021): x (..., in) gives alpha / rank * x @ A @ B (..., out)."""
@@ -453,8 +447,7 @@ def merge_lora(model):
             merge_lora(module)
 
 
-# %%
-# ---- 6.6 Loss and accuracy: accuracy is reported, cross-entropy is optimised ----
+# %% ---- 6.6 Loss and accuracy: accuracy is reported, cross-entropy is optimised ----
 
 def calc_loss_batch(input_batch, target_batch, model, device, loss_fn=F.cross_entropy):
     """Return the mean cross-entropy, which is minimised since accuracy has no gradient."""
@@ -485,8 +478,7 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
     return correct_predictions / num_examples
 
 
-# %%
-# ---- 6.7 Finetuning ----
+# %% ---- 6.7 Finetuning ----
 
 def evaluate_model(model, train_loader, val_loader, device, eval_iter, loss_fn=F.cross_entropy):
     """Return training and validation loss of `eval_iter` batches, measured in eval mode, without dropout."""
@@ -547,8 +539,7 @@ def plot_values(epochs_seen, examples_seen, train_values, val_values, label="los
     return fig
 
 
-# %%
-# ---- 6.8 Use ----
+# %% ---- 6.8 Use ----
 
 @torch.no_grad()
 def classify_review(text, model, tokenizer, device, max_length=None, pad_token_id=None):
@@ -571,8 +562,7 @@ def classify_review(text, model, tokenizer, device, max_length=None, pad_token_i
 
 # ======== Part 2: what the chapter leaves out ========
 
-# %%
-# ---- The chapter in one call: from labelled texts to a classifier ----
+# %% ---- The chapter in one call: from labelled texts to a classifier ----
 
 SPAM_PROMPT = ("Is the following text 'spam'? Answer with 'yes' or 'no': 'You are a winner you have been "
                "specially selected to receive $1000 cash or a $2000 award.'")
@@ -811,8 +801,7 @@ def calc_final_accuracies(model, loaders, device, splits):
     return accuracies
 
 
-# %%
-# ---- A model with its tokenizer, pretrained or finetuned; how texts are prepared for it ----
+# %% ---- A model with its tokenizer, pretrained or finetuned; how texts are prepared for it ----
 
 END_OF_TEXT = "<|endoftext|>"
 CLASSIFIER_VERSION = 2
@@ -926,8 +915,7 @@ def load_classifier(path, device="cpu"):
     return classifier
 
 
-# %%
-# ---- Speed: frozen blocks once per message, the last block at one position, several processes ----
+# %% ---- Speed: frozen blocks once per message, the last block at one position, several processes ----
 
 class Batch(NamedTuple):
     """Messages of different lengths, filled up with zeros, and where each one ends."""
@@ -1073,8 +1061,7 @@ def first_process_first():
         torch.distributed.barrier()
 
 
-# %%
-# ---- Files: tables, lines, downloads, atomic write ----
+# %% ---- Files: tables, lines, downloads, atomic write ----
 
 def read_messages(path, text_column="text", label_column="label"):
     """Return a table's labelled texts as a frame of strings: Label, Text."""
@@ -1235,8 +1222,7 @@ def reading(path, problem):
         raise ValueError(f"{path} {problem} ({reason:.200})") from error
 
 
-# %%
-# ---- Command line ----
+# %% ---- Command line ----
 
 HERE = Path(__file__).resolve().parent
 TINY, SAMPLE = HERE / "weights" / "tiny.npz", HERE / "data" / "sample_sms.tsv"
