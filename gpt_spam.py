@@ -439,12 +439,10 @@ def replace_linear_with_lora(model, rank, alpha):
 def merge_lora(model):
     """Turn each layer with LoRA into one plain linear layer with the same output."""
     for name, module in model.named_children():
+        merge_lora(module)  # the inner layers first: there may be LoRA beside LoRA
         if isinstance(module, LinearWithLoRA):
-            merge_lora(module)  # LoRA beside LoRA: the inner one first
             module.linear.weight.data = module.weight.detach()
             setattr(model, name, module.linear)
-        else:
-            merge_lora(module)
 
 
 # %% ---- 6.6 Loss and accuracy: accuracy is reported, cross-entropy is optimised ----
