@@ -627,8 +627,8 @@ def check_labels(df, labels):
         raise ValueError(f"labels {sorted(unknown)[:5]} are not among those of training, {labels[:20]}")
 
 
-def check_settings(splits, cfg=None, **settings):
-    """Raise ValueError if a setting of `finetune` is invalid or does not fit these splits or a `cfg`."""
+def check_settings(splits, cfg, **settings):
+    """Raise ValueError if a setting is invalid or does not fit the splits or what is known of the `cfg`."""
     if settings["context_length"] in ("longest", "model"):
         settings["context_length"] = 1  # which fits every model
     for name, (limit, meaning) in SETTINGS.items():
@@ -650,12 +650,8 @@ def check_settings(splits, cfg=None, **settings):
     reads_zeros = settings["token_pos"] == "mean" or not settings["causal_mask"]  # those of `collate`
     if reads_zeros and batch_size > 1 and not settings["padding"]:
         raise ValueError(f"without padding, this token_pos or mask needs batch_size 1, not {batch_size}")
-    if cfg is None:  # the model is not there yet
-        return
-    if cfg["drop_rate"] > 0:
-        raise ValueError(f"finetuning needs a drop_rate of 0, got {cfg['drop_rate']}")
     for name, size in (("lora_rank", "emb_dim"), ("context_length", "context_length")):
-        if settings[name] > cfg[size]:
+        if settings[name] > cfg.get(size, math.inf):
             raise ValueError(f"{name} {settings[name]:,} is more than the model's {size}, {cfg[size]:,}")
 
 
@@ -671,6 +667,8 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
         eval_freq=eval_freq, eval_iter=eval_iter, trainable_layers=trainable_layers, token_pos=token_pos,
         causal_mask=causal_mask, lora_rank=lora_rank, lora_alpha=lora_alpha, init=init, padding=padding,
         context_length=context_length, accumulation_steps=accumulation_steps, schedule=schedule, dtype=dtype)
+    if model.cfg["drop_rate"] > 0:
+        raise ValueError(f"finetuning needs a drop_rate of 0, got {model.cfg['drop_rate']}")
     if not tokenizer.n_vocab == model.cfg["vocab_size"] == model.out_head.out_features:
         raise ValueError("finetuning uses a model up, or the tokenizer is not the model's; load both anew")
     _, num_processes = get_rank_and_world_size()
@@ -1267,9 +1265,8 @@ def train_model(options, data_file, splits, class_weights):
     """Finetune as the command's options say; return (Classifier, results and settings, changes in words)."""
     name, device, chapter = options["model"], options["device"], finetune.__kwdefaults__
     given = {setting: options[setting] for setting in chapter if setting in options}
-    cfg = None  # of a model that may have to be downloaded, which is not worth it if a setting is wrong
-    if name in MODEL_SIZES:
-        cfg = {"emb_dim": MODEL_SIZES[name], "context_length": 1024, "drop_rate": 0.0}
+    # What is known of a model's cfg before it is downloaded, which is not worth it if a setting is wrong:
+    cfg = {"emb_dim": MODEL_SIZES[name], "context_length": 1024} if name in MODEL_SIZES else {}
     check_settings(splits, cfg, **(chapter | given))
     model_file = find_model(name)
     model, tokenizer, own = load_pretrained(model_file)  # the bundled model has settings of its own

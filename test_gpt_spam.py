@@ -608,14 +608,14 @@ def test_hidden_states_take_half_of_the_memory_at_most(tmp_path, monkeypatch, ca
 
 def test_settings_out_of_their_range_are_refused_and_those_without_effect_warned_of(monkeypatch):
     splits, right = g.prepare_splits(messages())[0], g.finetune.__kwdefaults__
-    g.check_settings(splits, **right | {"seed": 0, "lr": 0, "context_length": 1, "batch_size": 32})
+    g.check_settings(splits, {}, **right | {"seed": 0, "lr": 0, "context_length": 1, "batch_size": 32})
     wrong = {"batch_size": [0, 33], "seed": [-1, 2**64], "lr": [-1, np.nan], "weight_decay": [-1, np.inf],
              "lora_alpha": [-1], "context_length": [0, "short"], "epochs": [0], "accumulation_steps": [0],
              "eval_freq": [0], "eval_iter": [0], "lora_rank": [0, 1.5], "token_pos": ["middle"]}
     for name, values in wrong.items():
         for value in values:
             with pytest.raises(ValueError, match=f"^{name} .*{value}"):
-                g.check_settings(splits, **right | {name: value})
+                g.check_settings(splits, {}, **right | {name: value})
     for config, said in (({"vocab_size": 50}, "tokenizer"), ({"drop_rate": 0.1}, "got 0.1")):
         with pytest.raises(ValueError, match=said):
             g.finetune(GPTModel(BASE_CONFIG | config), TOKENIZER, splits)
@@ -624,7 +624,7 @@ def test_settings_out_of_their_range_are_refused_and_those_without_effect_warned
     for processes, fewest in ((3, 4), (4, 2)):
         monkeypatch.setattr(g, "get_rank_and_world_size", lambda: (0, processes))
         with pytest.raises(ValueError, match=f"{processes} processes .* 8 or a split of {fewest}"):
-            g.check_settings([*splits[:2], splits[2][:fewest]], **right)
+            g.check_settings([*splits[:2], splits[2][:fewest]], {}, **right)
 
 
 @pytest.mark.parametrize("at_chance, num_spam", [(0, 4), (1, 4), (2, 4), (1, 0)])
