@@ -332,13 +332,12 @@ def read_checkpoint(folder):
         if not np.isfinite(data.sum(dtype=np.float64)):
             raise ValueError(f"{DATA_FILE} contains NaN or infinity")
 
-    params, start = {}, 0
+    params = {}
 
-    def take(*shape):
-        nonlocal start
-        array = data[start:start + math.prod(shape)].reshape(shape)
-        start += array.size
-        return array
+    def take(*shape):  # the next tensor
+        nonlocal data
+        array, data = np.split(data, [math.prod(shape)])
+        return array.reshape(shape)
 
     def take_norm(name):
         params[name + ".shift"] = take(emb)
@@ -1019,9 +1018,8 @@ def cache_hidden_states(model, datasets, num_frozen):
 
 def calc_metrics(true, predicted, names):
     """Return accuracy, a table of precision, recall, F1 and support by class, and the confusion matrix."""
-    pairs = pd.DataFrame(zip(true, predicted), columns=["true", "predicted"])
-    confusion = pd.crosstab(pairs["true"], pairs["predicted"])
-    confusion = confusion.reindex(index=names, columns=names, fill_value=0)
+    confusion = pd.crosstab(pd.Categorical(true, names), pd.Categorical(predicted, names),
+                            rownames=["true"], colnames=["predicted"], dropna=False)  # of all names
     right, support, guessed = np.diag(confusion), confusion.sum(axis=1), confusion.sum()
     table = pd.DataFrame({"precision": right / guessed, "recall": right / support,
                           "f1": 2 * right / (guessed + support), "support": support})
