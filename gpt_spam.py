@@ -31,7 +31,6 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -288,7 +287,7 @@ def download_gpt2(model_size, models_dir):
         urls = [f"{base}/{model_size}/{name}" for base in MODEL_URLS]
         sha256 = MODEL_SHA256.get(name, MODEL_SHA256.get(f"{model_size}/{name}"))
         try:
-            download(urls, folder / name, check=partial(check_sha256, expected=sha256))
+            download(urls, folder / name, check=lambda file: check_sha256(file, sha256))
         except requests.RequestException as error:
             raise type(error)(f"{error}, and the others of {', '.join(CHECKPOINT_FILES)} likewise") from error
     try:
@@ -778,12 +777,11 @@ def calc_final_accuracies(model, loaders, device, splits):
     accuracies = []
     for loader in loaders:
         num_examples = min(len(loader) * loader.batch_size, len(loader.dataset))  # of training, whole batches
-        num_right = round(calc_accuracy_loader(loader, model, device) * num_examples)
-        counts = torch.tensor([num_right, num_examples])
+        num_correct = round(num_examples * calc_accuracy_loader(loader, model, device))
+        counts = torch.tensor([num_correct, num_examples])
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)  # the sum over all processes
-        num_right, num_examples = counts.tolist()
-        accuracies.append(num_right / num_examples)
+        accuracies.append(counts[0].item() / counts[1].item())
     num_known = splits[2]["Text"].isin(splits[0]["Text"]).sum()
     commonest = splits[0]["Label"].mode()[0]
     _, val_baseline, test_baseline = [(split["Label"] == commonest).mean() for split in splits]
@@ -1210,7 +1208,7 @@ def reading(path, problem):
     """Turn an error of reading into one line; a missing file says so itself, and our own bugs pass."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, EOFError, RuntimeError, csv.Error, zlib.error,
+    except (ValueError, TypeError, LookupError, EOFError, RuntimeError, zlib.error,
             zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} {problem} ({reason:.200})") from error
