@@ -983,18 +983,19 @@ def run_in_batches(model, function, items, equal_lengths=False):
     max_tokens = 2048 if device.type == "cpu" else 16384  # small: fits a CPU's cache
     lengths = [len(ids) for ids, _ in items]
     rows = sorted(range(len(items)), key=lengths.__getitem__)
+    batches = []
+    while rows:
+        longest = lengths[rows[-1]]
+        batch = rows[-max(1, max_tokens // longest):]
+        if equal_lengths or not model.cfg["causal"]:  # all of a batch is read
+            batch = [row for row in batch if lengths[row] == longest]
+        batches.append(batch)
+        del rows[-len(batch):]
     outputs = [None] * len(items)
-    with tqdm(total=len(rows), unit=" texts", leave=False, delay=1, disable=None) as progress:
-        while rows:
-            longest = lengths[rows[-1]]
-            batch = rows[-max(1, max_tokens // longest):]
-            if equal_lengths or not model.cfg["causal"]:  # all of a batch is read
-                batch = [row for row in batch if lengths[row] == longest]
-            rows = rows[:-len(batch)]
-            inputs, _ = collate([items[row] for row in batch])
-            for row, output in zip(batch, function(inputs.to(device)).cpu()):
-                outputs[row] = output[:lengths[row]].clone()  # a copy, so that the filled batch can go
-            progress.update(len(batch))
+    for batch in tqdm(batches, unit=" batches", leave=False, delay=1, disable=None):
+        inputs, _ = collate([items[row] for row in batch])
+        for row, output in zip(batch, function(inputs.to(device)).cpu()):
+            outputs[row] = output[:lengths[row]].clone()  # a copy, so that the filled batch can go
     return outputs
 
 
