@@ -1032,17 +1032,6 @@ def get_rank_and_world_size():
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def start_processes(device):
-    """Join the other processes of torchrun; only the first one prints."""
-    backend = "gloo"
-    if device.type == "cuda":
-        backend = "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
-    if torch.distributed.get_rank() > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-
-
 @contextlib.contextmanager
 def first_process_first():
     """Run the block in the first process, then in the others, which find the files that it has made."""
@@ -1491,7 +1480,13 @@ def main(argv=None):
             raise ValueError(f"no device {args.device!r} here; auto takes {best.type}")
         args.device = best if args.device == "auto" else torch.device(args.device)
         if is_launched and args.run in (cmd_train, cmd_experiments):
-            start_processes(args.device)
+            backend = "gloo"
+            if args.device.type == "cuda":
+                backend = "cpu:gloo,cuda:nccl"
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
+            if rank > 0:  # only the first process prints
+                sys.stdout = sys.stderr = open(os.devnull, "w")
         elif rank > 0:  # the first process answers alone
             return 0
         args.run(args)
