@@ -76,7 +76,7 @@ def create_balanced_dataset(df):
     """Undersample every label to the size of the rarest: UCI's 4,825 ham and 747 spam to 747 each."""
     # Imbalance makes accuracy lie: on the whole collection, always answering ham is 86.6% accurate.
     counts = df["Label"].value_counts()
-    rarest = max(counts[counts == counts.min()].index)  # comes last, as spam does in the chapter
+    rarest = counts.sort_index(ascending=False).idxmin()  # in a tie the last name: spam, as in the chapter
     is_rarest = df["Label"] == rarest
     others = df[~is_rarest].groupby("Label").sample(counts.min(), random_state=123)
     return pd.concat([others, df[is_rarest]])
@@ -94,7 +94,7 @@ def random_split(df, train_frac, validation_frac):
 # %% ---- 6.3 Data loaders: token ids, padding, batches ----
 
 class SpamDataset(Dataset):
-    """Messages of a CSV file or frame (Text, Label 0 or 1), cut and padded; each: (ids (tokens,), label)."""
+    """Pairs of ids (tokens,), cut and padded, and label, of a CSV file or frame (Text, Label from 0 on)."""
 
     def __init__(self, csv_file, tokenizer, max_length=None, pad_token_id=None, padding=True):
         self.data = csv_file
@@ -104,14 +104,14 @@ class SpamDataset(Dataset):
             pad_token_id = tokenizer.eot_token  # <|endoftext|>, 50256: GPT-2 has no padding token
 
         encoded_texts = []
-        for text in self.data["Text"]:  # or its ids
+        for text in self.data["Text"]:  # a string, or a list of ids
             # encode_ordinary: a message that contains the letters "<|endoftext|>" does not end there.
             # A million blanks are too much for tiktoken.
             ids = tokenizer.encode_ordinary(text[:900_000]) if isinstance(text, str) else text
             encoded_texts.append(ids or [pad_token_id])  # an empty text has one token
         self.max_length = max(map(len, encoded_texts)) if max_length is None else max_length
         if any(len(ids) > self.max_length for ids in encoded_texts):
-            warnings.warn(f"texts are cut to {self.max_length:,} tokens, and the rest is not read")
+            warnings.warn(f"long texts are cut to {self.max_length:,} tokens; their rest is not read")
         if padding:
             encoded_texts = [ids + [pad_token_id] * (self.max_length - len(ids)) for ids in encoded_texts]
         self.encoded_texts = [torch.tensor(ids[:self.max_length]) for ids in encoded_texts]  # (tokens,) each
@@ -166,7 +166,7 @@ class LayerNorm(nn.Module):
         self.shift = nn.Parameter(torch.zeros(emb_dim))
 
     def forward(self, x):
-        x = x.to(self.scale.dtype)  # frozen blocks may be bfloat16
+        x = x.to(self.scale.dtype)  # the frozen blocks before it may be bfloat16
         return F.layer_norm(x, self.scale.shape, self.scale, self.shift)  # eps is 1e-5, as in GPT-2
 
 
@@ -221,7 +221,7 @@ class GPTModel(nn.Module):
         tok_embeds = self.tok_emb(in_idx)
         pos_embeds = self.pos_emb(torch.arange(in_idx.shape[1], device=in_idx.device))
         x = self.drop_emb(tok_embeds + pos_embeds)
-        return x.to(self.trf_blocks[0].norm1.scale.dtype)
+        return x.to(self.trf_blocks[0].norm1.scale.dtype)  # bfloat16, if that block is
 
     def forward(self, in_idx):
         x = self.trf_blocks(self.embed(in_idx))
@@ -271,7 +271,7 @@ def download_and_load_gpt2(model_size, models_dir):
 def load_weights_into_gpt(gpt, params, assign=False):
     """Copy `params` into the model; with `assign` the model takes the arrays themselves, to save memory."""
     state = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in params.items()}
-    state["out_head.weight"] = state["tok_emb.weight"].clone()  # one in GPT-2, two parameters in the chapter
+    state["out_head.weight"] = state["tok_emb.weight"].clone()  # GPT-2 shares it, the chapter copies it
     gpt.load_state_dict(state, assign=assign)
 
 
@@ -289,7 +289,7 @@ def download_gpt2(model_size, models_dir):
         try:
             download(urls, folder / name, check=lambda file: check_sha256(file, sha256))
         except requests.RequestException as error:
-            raise type(error)(f"{error}, and the others of {', '.join(CHECKPOINT_FILES)} likewise") from error
+            raise type(error)(f"{error}, likewise the others of {', '.join(CHECKPOINT_FILES)}") from error
     try:
         convert_checkpoint(folder, path)
     except ValueError:  # wrong content: the next call downloads it anew
@@ -323,8 +323,9 @@ def read_checkpoint(folder):
     with reading(folder, "is not a checkpoint in OpenAI's layout"):
         texts = {name: Path(folder, name).read_text("utf-8") for name in CHECKPOINT_FILES[:-1]}
         cfg = read_config(texts["hparams.json"])
-        data = np.memmap(Path(folder, DATA_FILE), "<f4", "c")  # in memory only where it is used
+        data = np.memmap(Path(folder, DATA_FILE), "<f4", "c")  # read when used; "c": never changed
         emb, positions, vocab = cfg["emb_dim"], cfg["context_length"], cfg["vocab_size"]
+        # 12 emb^2 values in a block's matrices, 13 emb in its biases and norms; then ln_f, wpe, wte
         expected = cfg["n_layers"] * (12 * emb + 13) * emb + (2 + positions + vocab) * emb
         if data.size != expected:
             raise ValueError(f"{DATA_FILE} has {data.nbytes:,} bytes, hparams.json says {4 * expected:,}")
@@ -446,8 +447,8 @@ def merge_lora(model):
 # %% ---- 6.6 Loss and accuracy: accuracy is reported, cross-entropy is optimised ----
 
 def calc_loss_batch(input_batch, target_batch, model, device, loss_fn=F.cross_entropy):
-    """Return the mean cross-entropy, which is minimised since accuracy has no gradient."""
-    # Each position has seen itself and earlier ones: only the last, often a padding token, the whole message.
+    """Return the mean cross-entropy, which is minimised since accuracy has no useful gradient."""
+    # A position sees itself and earlier ones: only the last, often a padding token, sees the whole message.
     logits = model(input_batch.to(device))[:, -1, :]  # (batch, classes)
     return loss_fn(logits, target_batch.to(device))
 
@@ -563,7 +564,7 @@ def classify_review(text, model, tokenizer, device, max_length=None, pad_token_i
 SPAM_PROMPT = ("Is the following text 'spam'? Answer with 'yes' or 'no': 'You are a winner you have been "
                "specially selected to receive $1000 cash or a $2000 award.'")
 BALANCES = ("auto", "undersample", "weights", "none")
-# Settings of `finetune`: a number's smallest value or a name's choices, and what it is.
+# Settings of `finetune`: (smallest value, of the setting's type, or a tuple of choices; meaning).
 HYPERPARAMETERS = {
     "epochs": (1, "passes over the training split"),
     "batch_size": (1, "messages in a batch"),
@@ -574,7 +575,7 @@ HYPERPARAMETERS = {
     "seed": (0, "for the new head and the order of messages"),
     "dtype": (("float32", "bfloat16"), "number format of the frozen blocks"),
 }
-QUESTIONS = {
+QUESTIONS = {  # what the book's table of experiments varies
     "trainable_layers": (("last_layer", "last_block", "last_two_blocks", "all", "lora"), "besides the head"),
     "token_pos": (("last", "first", "mean"), "token whose logits are used; mean: of all tokens"),
     "causal_mask": ((True, False), "no token attends to later ones"),
@@ -585,7 +586,7 @@ QUESTIONS = {
     "context_length": (1, "tokens, longest (message) or model (its limit)"),
     "accumulation_steps": (1, "batches per update"),
 }
-SETTINGS = HYPERPARAMETERS | QUESTIONS | {"schedule": (("constant", "linear"), "of the learning rate")}
+SETTINGS = HYPERPARAMETERS | QUESTIONS | {"schedule": (("constant", "linear"), "of lr")}  # not an option
 
 
 def prepare_splits(df, balance="auto", test=None):
@@ -602,7 +603,7 @@ def prepare_splits(df, balance="auto", test=None):
     if balance == "undersample":
         df = create_balanced_dataset(df)
     if len(df) < 20 or len(labels) < 2:
-        raise ValueError(f"20 messages of two labels are needed, got {len(df)} of {labels[:5]} ({balance=})")
+        raise ValueError(f"need 20 messages or more, of two labels; got {len(df)}, {labels[:5]} ({balance=})")
     splits = random_split(df, 0.7, 0.1)
     if test is not None:
         test = test.astype({"Label": str})
@@ -645,7 +646,7 @@ def check_settings(splits, cfg, **settings):
     _, processes = get_rank_and_world_size()
     if batch_size % processes != 0 or fewest < processes:
         raise ValueError(f"{processes} processes cannot share batches of {batch_size} or a split of {fewest}")
-    reads_zeros = settings["token_pos"] == "mean" or not settings["causal_mask"]  # those of `collate`
+    reads_zeros = settings["token_pos"] == "mean" or not settings["causal_mask"]  # by which `collate` pads
     if reads_zeros and batch_size > 1 and not settings["padding"]:
         raise ValueError(f"without padding, this token_pos or mask needs batch_size 1, not {batch_size}")
     for name, size in (("lora_rank", "emb_dim"), ("context_length", "context_length")):
@@ -668,7 +669,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     if model.cfg["drop_rate"] > 0:
         raise ValueError(f"finetuning needs a drop_rate of 0, got {model.cfg['drop_rate']}")
     if not tokenizer.n_vocab == model.cfg["vocab_size"] == model.out_head.out_features:
-        raise ValueError("finetuning uses a model up, or the tokenizer is not the model's; load both anew")
+        raise ValueError("the model is finetuned already, or the tokenizer is another model's; load both")
     _, num_processes = get_rank_and_world_size()
 
     # 6.3 Data sets; their loaders follow in 6.5, when it is known what is frozen
@@ -694,7 +695,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     add_classification_head(model, len(labels))
     num_frozen = choose_trainable_layers(model, trainable_layers, lora_rank, lora_alpha)
     if dtype == "bfloat16" and num_frozen == 0:
-        warnings.warn(f"dtype bfloat16 is for frozen blocks, trainable_layers {trainable_layers} has none")
+        warnings.warn(f"dtype bfloat16 has no effect: trainable_layers {trainable_layers} freezes no block")
     model.trf_blocks[:num_frozen].to(getattr(torch, dtype))
     trained = [p for p in model.parameters() if p.requires_grad]
     num_trained = sum(map(torch.numel, trained))
@@ -758,7 +759,7 @@ def make_datasets(splits, labels, tokenizer, padding, context_length, model):
 
 
 def choose_trainable_layers(model, trainable_layers, lora_rank, lora_alpha):
-    """Train other layers than the chapter's, as the book's experiments do; return how many blocks are not."""
+    """Train other layers than the chapter's, as the book's experiments do; return the number of frozen blocks."""
     if trainable_layers == "all":
         model.requires_grad_(True)
     if trainable_layers == "last_two_blocks":
@@ -776,7 +777,7 @@ def calc_final_accuracies(model, loaders, device, splits):
     # The test split comes last and is for this number alone: settings are chosen by validation.
     accuracies = []
     for loader in loaders:
-        num_examples = min(len(loader) * loader.batch_size, len(loader.dataset))  # of training, whole batches
+        num_examples = min(len(loader) * loader.batch_size, len(loader.dataset))  # last batches dropped
         num_correct = round(num_examples * calc_accuracy_loader(loader, model, device))
         counts = torch.tensor([num_correct, num_examples])
         if torch.distributed.is_initialized():
@@ -789,8 +790,8 @@ def calc_final_accuracies(model, loaders, device, splits):
           f"always {commonest!r} is right in {test_baseline:.2%}")
     print("Final accuracy, training / validation / test: {:.2%} / {:.2%} / {:.2%}".format(*accuracies))
     if accuracies[1] <= val_baseline < 1:
-        warnings.warn(f"nothing was learned: validation accuracy {accuracies[1]:.2%}, always {commonest!r} "
-                      f"{val_baseline:.2%}; try another lr or more epochs")
+        warnings.warn(f"nothing was learned: validation accuracy {accuracies[1]:.2%}, that of always "
+                      f"{commonest!r} {val_baseline:.2%}; try another lr or more epochs")
     return accuracies
 
 
@@ -811,12 +812,12 @@ def load_pretrained(path):
             model = GPTModel(cfg)
         load_weights_into_gpt(model, params, assign=True)
         tokenizer = build_tokenizer(texts["encoder.json"])
-        about = json.loads(texts.get("about.json", "{}"))  # only the bundled model has one
-    return model.eval(), tokenizer, about.get("finetune", {})
+        settings = json.loads(texts.get("about.json", "{}")).get("finetune", {})  # the bundled model has some
+    return model.eval(), tokenizer, settings
 
 
 def build_tokenizer(encoder_json):
-    """Return the tiktoken.Encoding of OpenAI's encoder.json, given as text; tiktoken's own is a download."""
+    """Return the tiktoken.Encoding of the text of OpenAI's encoder.json; tiktoken would download its own."""
     # encoder.json has a character for each byte: itself, or where that is not printable, one from 256 on.
     byte_of = dict(enumerate([*range(33), *range(127, 161), 173], 256))
     ids = json.loads(encoder_json)
@@ -868,7 +869,7 @@ class Classifier:
 def save_classifier(path, classifier):
     """Save a self-contained classifier."""
     model, tokenizer = classifier.model, classifier.tokenizer
-    model = getattr(model, "_orig_mod", model)  # in one that torch.compile has made
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps it
     merge_lora(model)
     content = vars(classifier) | {
         "version": CLASSIFIER_VERSION,
@@ -908,7 +909,7 @@ def load_classifier(path, device="cpu"):
     return classifier
 
 
-# %% ---- Speed: frozen blocks once per message, the last block at one position, several processes ----
+# %% ---- Speed: frozen blocks once a message, the last block at one position; metrics; processes ----
 
 class Batch(NamedTuple):
     """Messages of different lengths, filled up with zeros, and where each one ends."""
@@ -947,7 +948,7 @@ class LabelLogits(nn.Module):
             x = model.trf_blocks[-1](x)
         else:
             x = last_block_at(model.trf_blocks[-1], x, positions).unsqueeze(1)  # (batch, 1, emb)
-        return model.out_head(model.final_norm(x)).mean(dim=1, keepdim=True)  # of all, or of that one
+        return model.out_head(model.final_norm(x)).mean(dim=1, keepdim=True)  # one: itself
 
 
 def last_block_at(block, x, positions):
@@ -1000,7 +1001,7 @@ def run_in_batches(model, function, items, equal_lengths=False):
 
 
 def cache_hidden_states(model, datasets, num_frozen):
-    """Return (datasets with hidden states (tokens, emb) in place of ids, after how many frozen blocks)."""
+    """Return (datasets with hidden states (tokens, emb) in place of ids, how many blocks computed them)."""
     num_cached = min(num_frozen, len(model.trf_blocks) - 1)  # the last block runs at one position
     items = sum(datasets, [])
     size = sum(len(ids) for ids, _ in items) * model.trf_blocks[0].norm1.scale.nbytes
@@ -1051,7 +1052,7 @@ def read_messages(path, text_column="text", label_column="label"):
     df.columns = ["Label", "Text"]
     df["Label"] = df["Label"].str.normalize("NFC").str.strip()
     for number, (label, text) in enumerate(df.itertuples(index=False), 1):
-        is_header = f"{label}\n{text}".lower() == f"{label_column}\n{text_column}".lower()
+        is_header = f"{label}\n{text}".lower() == f"{label_column}\n{text_column}".lower()  # once more
         if is_header or label == "" or label != printable(label).lstrip('"'):
             raise ValueError(f"row {number} of {path} has no proper label: {label!r:.80}, text {text!r:.80}")
     return df
@@ -1072,7 +1073,7 @@ def read_columns(path, names):
         df.columns = [str(column).strip().lower() for column in df]
         wanted = [name.lower() for name in names]
         if df.empty or sorted(df.columns[df.columns.isin(wanted)]) != sorted(wanted):
-            raise ValueError(f"it needs one column each of the names {names}, and rows; it has the columns "
+            raise ValueError(f"needed: rows, and a column each of the names {names}; found: the columns "
                              f"{list(df)!r:.150} and {len(df)} rows")
         df = df[wanted]
         is_cell = df.map(np.isscalar) & df.notna()  # JSON may hold lists and null
@@ -1096,7 +1097,7 @@ def read_csv(text):
     lines = csv.reader(io.StringIO(text + "\nEND", newline=""), delimiter=separator)
     rows = [row for row in lines if row == [""] or "".join(row).strip()]  # [""]: quotation marks alone
     header, *rows = rows
-    if not rows or rows.pop() != ["END"]:
+    if not rows or rows.pop() != ["END"]:  # which an open quotation mark swallows
         raise ValueError("empty, or a quotation mark is left open")
     for number, row in enumerate(rows, 1):
         if len(row) != len(header):
@@ -1111,7 +1112,7 @@ def decode(content, source, encoding="utf-8"):
     try:
         return content.decode(encoding).replace("\ufeff", "")  # byte order marks, also of files put together
     except UnicodeDecodeError:
-        warnings.warn(f"{source} is not all UTF-8; what is not is read as Windows-1252")
+        warnings.warn(f"{source} is not all UTF-8: this table, or line, is read as Windows-1252")
         return content.decode("cp1252", errors="replace")
 
 
@@ -1126,7 +1127,7 @@ def read_lines(stream, source):
 
 
 def printable(text):
-    """Return a text with blanks for control characters and those that are unseen or change the direction."""
+    """Replace control characters, and those that are invisible or turn the direction of text, by blanks."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069]", " ", text)
 
 
@@ -1195,7 +1196,7 @@ def atomic_write(path):
 
 @contextlib.contextmanager
 def reading(path, problem):
-    """Turn an error of reading into one line; a missing file says so itself, and our own bugs pass."""
+    """Turn an error in what is read into one line of ValueError; an OSError says itself what it is."""
     try:
         yield
     except (ValueError, TypeError, LookupError, EOFError, RuntimeError, zlib.error,
@@ -1274,7 +1275,7 @@ def cmd_train(args):
     for path in (args.data, args.test_data or ""):
         if Path(path).resolve() in [file.resolve() for file in existing]:
             raise ValueError(f"{path} would be replaced by a file in {out}; choose another --out")
-    is_ours = any(out.glob("classifier.pth")) or any(out.glob(".classifier.pth.*.tmp"))  # of a killed one
+    is_ours = any(out.glob("classifier.pth")) or any(out.glob(".classifier.pth.*.tmp"))  # of a killed run
     foreign = [path.name for path in existing if not (is_ours and path.is_file())]
     if foreign:
         raise ValueError(f"{out} has a {foreign[0]} that no training wrote; choose another --out")
@@ -1355,8 +1356,8 @@ def cmd_experiments(args):
         if is_asked:
             with contextlib.redirect_stdout(sys.stderr):
                 print(f"Row {row}")
-                _, results, changes = train_model(options, data_file, splits, class_weights)
-            changed = ", ".join([f"model {options['model']}", *changes])
+                _, results, in_words = train_model(options, data_file, splits, class_weights)
+            changed = ", ".join([f"model {options['model']}", *in_words])
             accuracies = "{:.2%} | {:.2%} | {:.2%}".format(*results["final_accuracy"])
             print(f"| {row} | {changed} | {accuracies} | {published} |")
 
@@ -1424,13 +1425,13 @@ def build_parser():
     """Return the parser; what several commands share is added in a loop over them."""
     parser = argparse.ArgumentParser(description="Finetune GPT-2 to classify texts, such as spam.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, run, help, example in (
+    for name, run, purpose, example in (
         ("train", cmd_train, "finetune GPT-2 on labelled texts", "--data reviews.csv --out reviews --plot"),
         ("experiments", cmd_experiments, "run the book's table of experiments", "--model tiny > table.md"),
         ("evaluate", cmd_evaluate, "measure a classifier on a table", "--data data/hard_sms.tsv"),
         ("classify", cmd_classify, "classify texts", "< messages.txt"),
     ):
-        command = commands.add_parser(name, help=help, usage="%(prog)s [options]",
+        command = commands.add_parser(name, help=purpose, usage="%(prog)s [options]",
                                       epilog=f"example: python gpt_spam.py {name} {example}")
         command.set_defaults(run=run)
         command.add_argument("--device", default="auto", help="cpu, cuda, mps, auto (default)")
