@@ -759,7 +759,7 @@ def make_datasets(splits, labels, tokenizer, padding, context_length, model):
 
 
 def choose_trainable_layers(model, trainable_layers, lora_rank, lora_alpha):
-    """Train other layers than the chapter's, as the book's experiments do; return the number of frozen blocks."""
+    """Train other layers than the chapter's, as in the book's table; return how many blocks stay frozen."""
     if trainable_layers == "all":
         model.requires_grad_(True)
     if trainable_layers == "last_two_blocks":
@@ -897,10 +897,9 @@ def load_classifier(path, device="cpu"):
             raise ValueError("a checksum is wrong")
     with reading(path, "is not a classifier"):
         content = dict(torch.load(path, map_location="cpu", weights_only=True))
-        config = content.pop("config")
         if content.pop("version", None) != CLASSIFIER_VERSION:
             raise ValueError("saved by another version of gpt_spam; train again")
-        model = GPTModel(config)
+        model = GPTModel(content.pop("config"))
         add_classification_head(model, len(content["labels"]))
         model.load_state_dict(content.pop("model"), assign=True)
         content["tokenizer"] = encoding_of(content["tokenizer"])
