@@ -421,10 +421,6 @@ class LinearWithLoRA(nn.Module):
     def weight(self):
         return self.linear.weight + self.lora.scale * (self.lora.A @ self.lora.B).T  # (out, in)
 
-    @property
-    def bias(self):
-        return self.linear.bias
-
 
 def replace_linear_with_lora(model, rank, alpha):
     """Put LoRA beside every linear layer; freeze the model first, and move it to its device afterwards."""
@@ -970,8 +966,7 @@ def last_block_at(block, x, positions):
     weighted_x = scores.softmax(dim=-1) @ x  # (batch, heads, emb)
     value_weight = att.W_value.weight.unflatten(0, heads)  # (heads, head, emb)
     context = torch.einsum("bhe,hde->bhd", weighted_x, value_weight).flatten(1)  # (batch, emb)
-    if att.W_value.bias is not None:
-        context = context + att.W_value.bias  # as the attention weights sum to 1
+    context = context + att.W_value(x.new_zeros(1, x.shape[2]))  # its bias: the attention weights sum to 1
     x = shortcut + att.out_proj(context)
     return x + block.ff(block.norm2(x))
 
