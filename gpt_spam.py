@@ -100,9 +100,8 @@ class SpamDataset(Dataset):
         self.data = csv_file
         if not isinstance(csv_file, pd.DataFrame):
             self.data = pd.read_csv(csv_file, dtype={"Text": str}, keep_default_na=False)
-        if pad_token_id is None:
-            pad_token_id = tokenizer.eot_token  # <|endoftext|>, 50256: GPT-2 has no padding token
-
+        # <|endoftext|>, 50256: GPT-2 has no padding token
+        pad_token_id = tokenizer.eot_token if pad_token_id is None else pad_token_id
         encoded_texts = []
         for text in self.data["Text"]:  # a string, or a list of ids
             # encode_ordinary: a message that contains the letters "<|endoftext|>" does not end there.
@@ -541,9 +540,7 @@ def classify_review(text, model, tokenizer, device, max_length=None, pad_token_i
     if max_length is None or not 1 <= max_length <= supported_context_length:
         raise ValueError(f"max_length is {max_length}, the model's limit {supported_context_length}; "
                          "pass train_dataset.max_length, to pad as in training")
-    if pad_token_id is None:
-        pad_token_id = tokenizer.eot_token
-
+    pad_token_id = tokenizer.eot_token if pad_token_id is None else pad_token_id
     model.eval()
     input_ids = tokenizer.encode_ordinary(text[:900_000])[:max_length]
     input_ids += [pad_token_id] * (max_length - len(input_ids))
