@@ -49,7 +49,6 @@ from tqdm import tqdm
 # ======== Part 1: the chapter ========
 
 # %% ---- 6.2 Data set: download, balance, split ----
-
 DATA_URLS = ("https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip",
              "https://f001.backblazeb2.com/file/LLMs-from-scratch/sms%2Bspam%2Bcollection.zip")
 DATA_SHA256 = "7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d"  # of the table in the zip
@@ -92,7 +91,6 @@ def random_split(df, train_frac, validation_frac):
 
 
 # %% ---- 6.3 Data loaders: token ids, padding, batches ----
-
 class SpamDataset(Dataset):
     """Pairs of ids (tokens,), cut and padded, and label, of a CSV file or frame (Text, Label from 0 on)."""
 
@@ -127,7 +125,6 @@ class SpamDataset(Dataset):
 # shuffle and drop_last for validation and test.
 
 # %% ---- 6.4 Pretrained model: the GPT architecture (chapters 3 and 4) ----
-
 class MultiHeadAttention(nn.Module):
     """Causal self-attention by PyTorch's fused function, which needs no mask of `context_length`."""
 
@@ -249,7 +246,6 @@ def token_ids_to_text(token_ids, tokenizer):
 
 
 # %% ---- 6.4 Pretrained model: OpenAI's weights (chapter 5), without TensorFlow ----
-
 MODEL_SIZES = {"124M": 768, "355M": 1024, "774M": 1280, "1558M": 1600}  # emb_dim; the context is 1,024 tokens
 MODEL_URLS = ("https://openaipublic.blob.core.windows.net/gpt-2/models",
               "https://f001.backblazeb2.com/file/LLMs-from-scratch/gpt2")
@@ -377,7 +373,6 @@ def read_config(hparams_json):
 
 
 # %% ---- 6.5 Classification head: freeze GPT-2, train the end of it ----
-
 def add_classification_head(model, num_classes):
     """Freeze the model, replace its head, unfreeze its end (the chapter: after torch.manual_seed(123))."""
     # Most parameters stay as OpenAI trained them: of the 124M's 124,441,346 only 7,090,946 are trained.
@@ -390,7 +385,6 @@ def add_classification_head(model, num_classes):
 
 
 # %% ---- Appendix E: LoRA, two thin matrices beside each frozen one ----
-
 class LoRALayer(nn.Module):
     """Low-rank adaptation (Hu et al. 2021): x (..., in) gives alpha / rank * x @ A @ B (..., out)."""
 
@@ -440,7 +434,6 @@ def merge_lora(model):
 
 
 # %% ---- 6.6 Loss and accuracy: accuracy is reported, cross-entropy is optimised ----
-
 def calc_loss_batch(input_batch, target_batch, model, device, loss_fn=F.cross_entropy):
     """Return the mean cross-entropy, which is minimised since accuracy has no useful gradient."""
     # A position sees itself and earlier ones: only the last, often a padding token, sees the whole message.
@@ -471,7 +464,6 @@ def calc_accuracy_loader(data_loader, model, device, num_batches=None):
 
 
 # %% ---- 6.7 Finetuning ----
-
 def evaluate_model(model, train_loader, val_loader, device, eval_iter, loss_fn=F.cross_entropy):
     """Return training and validation loss of `eval_iter` batches, measured in eval mode, without dropout."""
     model.eval()
@@ -532,7 +524,6 @@ def plot_values(epochs_seen, examples_seen, train_values, val_values, label="los
 
 
 # %% ---- 6.8 Use ----
-
 @torch.no_grad()
 def classify_review(text, model, tokenizer, device, max_length=None, pad_token_id=None):
     """Return "spam" or "not spam"; `max_length` is that of the training set, to pad as in training."""
@@ -553,7 +544,6 @@ def classify_review(text, model, tokenizer, device, max_length=None, pad_token_i
 # ======== Part 2: what the chapter leaves out ========
 
 # %% ---- The chapter in one call: from labelled texts to a classifier ----
-
 SPAM_PROMPT = ("Is the following text 'spam'? Answer with 'yes' or 'no': 'You are a winner you have been "
                "specially selected to receive $1000 cash or a $2000 award.'")
 BALANCES = ("auto", "undersample", "weights", "none")
@@ -789,7 +779,6 @@ def calc_final_accuracies(model, loaders, device, splits):
 
 
 # %% ---- A model with its tokenizer, pretrained or finetuned; how texts are prepared for it ----
-
 END_OF_TEXT = "<|endoftext|>"
 CLASSIFIER_VERSION = 2
 
@@ -902,7 +891,6 @@ def load_classifier(path, device="cpu"):
 
 
 # %% ---- Speed: frozen blocks once a message, the last block at one position; metrics; processes ----
-
 class Batch(NamedTuple):
     """Messages of different lengths, filled up with zeros, and where each one ends."""
 
@@ -1036,7 +1024,6 @@ def first_process_first():
 
 
 # %% ---- Files: tables, lines, downloads, atomic write ----
-
 def read_messages(path, text_column="text", label_column="label"):
     """Return a table's labelled texts as a frame of strings: Label, Text."""
     df = read_columns(path, [label_column, text_column])
@@ -1197,7 +1184,6 @@ def reading(path, problem):
 
 
 # %% ---- Command line ----
-
 HERE = Path(__file__).resolve().parent
 TINY, SAMPLE = HERE / "weights" / "tiny.npz", HERE / "data" / "sample_sms.tsv"
 OUT = HERE / "weights" / "spam_classifier"
