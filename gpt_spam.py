@@ -1250,7 +1250,7 @@ def cmd_train(args):
     out = Path(args.out).resolve()
     existing = [out / name for name in RESULT_FILES if (out / name).exists()]
     for path in (args.data, args.test_data or ""):
-        if Path(path).resolve() in [file.resolve() for file in existing]:
+        if Path(path).resolve() in existing:  # a link would be replaced, not what it points to
             raise ValueError(f"{path} would be replaced by a file in {out}; choose another --out")
     is_ours = any(out.glob("classifier.pth")) or any(out.glob(".classifier.pth.*.tmp"))  # of a killed run
     foreign = [path.name for path in existing if not (is_ours and path.is_file())]
