@@ -850,14 +850,13 @@ class Classifier:
 
 def save_classifier(path, classifier):
     """Save a self-contained classifier."""
-    model, tokenizer = classifier.model, classifier.tokenizer
-    model = getattr(model, "_orig_mod", model)  # torch.compile wraps it
+    model = getattr(classifier.model, "_orig_mod", classifier.model)  # torch.compile wraps it
     merge_lora(model)
     content = vars(classifier) | {
         "version": CLASSIFIER_VERSION,
         "config": model.cfg,
         "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
-        "tokenizer": tokenizer.decode_tokens_bytes(range(tokenizer.eot_token)),
+        "tokenizer": classifier.tokenizer.decode_tokens_bytes(range(classifier.tokenizer.eot_token)),
     }
     with atomic_write(path) as temporary:
         with open(temporary, "wb") as file:  # an open file reports that the disk is full
