@@ -927,7 +927,7 @@ class LabelLogits(nn.Module):
             x = model.trf_blocks[-1](x)
         else:
             x = last_block_at(model.trf_blocks[-1], x, positions).unsqueeze(1)  # (batch, 1, emb)
-        return model.out_head(model.final_norm(x)).mean(dim=1, keepdim=True)  # one: itself
+        return model.out_head(model.final_norm(x)).mean(dim=1, keepdim=True)  # of one: itself
 
 
 def last_block_at(block, x, positions):
@@ -1029,7 +1029,7 @@ def read_messages(path, text_column="text", label_column="label"):
     df.columns = ["Label", "Text"]
     df["Label"] = df["Label"].str.normalize("NFC").str.strip()
     for number, (label, text) in enumerate(df.itertuples(index=False), 1):
-        is_header = f"{label}\n{text}".lower() == f"{label_column}\n{text_column}".lower()  # once more
+        is_header = f"{label}\n{text}".lower() == f"{label_column}\n{text_column}".lower()  # again
         if is_header or label == "" or label != printable(label).lstrip('"'):
             raise ValueError(f"row {number} of {path} has no proper label: {label!r:.80}, text {text!r:.80}")
     return df
