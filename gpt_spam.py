@@ -25,6 +25,7 @@ import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 import zipfile
@@ -566,7 +567,7 @@ QUESTIONS = {  # what the book's table of experiments varies
     "lora_alpha": (0.0, "LoRA's output is scaled by alpha / rank"),
     "init": (("pretrained", "random"), "initial weights"),
     "padding": ((True, False), "pad to the context length, which is slower"),
-    "context_length": (1, "tokens, longest (message) or model (its limit)"),
+    "context_length": (1, "number of tokens, or longest (message), or model (its limit)"),
     "accumulation_steps": (1, "batches per update"),
 }
 SETTINGS = HYPERPARAMETERS | QUESTIONS | {"schedule": (("constant", "linear"), "of lr")}  # not an option
@@ -576,8 +577,8 @@ def prepare_splits(df, balance="auto", test=None):
     """Return ((training, validation, test) frames, class weights or None) of a frame with Label and Text."""
     if balance not in BALANCES:
         raise ValueError(f"balance must be one of {', '.join(BALANCES)}, got {balance!r}")
-    messages = pd.concat([df, test])
-    if messages["Label"].hasnans or messages["Text"].hasnans:
+    cells = pd.concat([df, test])[["Label", "Text"]]
+    if cells.isna().to_numpy().any():
         raise ValueError("a row has no label or no text")
     df = df.astype({"Label": str})
     labels = sorted(set(df["Label"]))
@@ -622,13 +623,13 @@ def check_settings(splits, cfg, **settings):
             allowed = f"{type(limit).__name__}, {limit} to 2**63"
             is_valid = isinstance(value, (int, np.integer, type(limit))) and limit <= value < 2**63
         if not is_valid:
-            raise ValueError(f"{name} must be {allowed}, got {value!r} ({name}: {meaning})")
+            raise ValueError(f"{name} must be {allowed}, got {value!r} ({meaning})")
     batch_size, fewest = settings["batch_size"], min(map(len, splits))
     if batch_size > len(splits[0]):
         raise ValueError(f"batch_size {batch_size} is more than {len(splits[0])} training messages")
     _, processes = get_rank_and_world_size()
     if batch_size % processes != 0 or fewest < processes:
-        raise ValueError(f"{processes} processes cannot share batches of {batch_size} or a split of {fewest}")
+        raise ValueError(f"{processes} processes cannot share batches of {batch_size} or {fewest} messages")
     reads_zeros = settings["token_pos"] == "mean" or not settings["causal_mask"]  # by which `collate` pads
     if reads_zeros and batch_size > 1 and not settings["padding"]:
         raise ValueError(f"without padding, this token_pos or mask needs batch_size 1, not {batch_size}")
@@ -671,7 +672,8 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     for prompt, max_new_tokens in (("Every effort moves you", 15), (SPAM_PROMPT, 23)):
         idx = text_to_token_ids(prompt, tokenizer).to(device)
         idx = generate_text_simple(model, idx, max_new_tokens, model.cfg["context_length"])
-        print(f"  {prompt[:85]!r} ...\n  -> {token_ids_to_text(idx, tokenizer)[len(prompt):]!r:.95}")
+        shortened = textwrap.shorten(prompt, 90)
+        print(f"  {shortened!r}\n  -> {token_ids_to_text(idx, tokenizer)[len(prompt):]!r:.95}")
 
     # 6.5 Classification head
     torch.manual_seed(seed)
@@ -802,11 +804,12 @@ def build_tokenizer(encoder_json):
     """Return the tiktoken.Encoding of the text of OpenAI's encoder.json; tiktoken would download its own."""
     # encoder.json has a character for each byte: itself, or where that is not printable, one from 256 on.
     byte_of = dict(enumerate([*range(33), *range(127, 161), 173], 256))
-    ids = json.loads(encoder_json)
+    ids = dict(json.loads(encoder_json))
     ids = {token.translate(byte_of).encode("latin-1"): i for token, i in ids.items()}
     # Bytes, then merges in the order of vocab.bpe, which is thus not needed; last the end of text.
     *tokens, last = sorted(ids, key=ids.get)
-    is_complete = sorted(ids.values()) == list(range(len(ids)))
+    has_all_bytes = all(bytes([byte]) in ids for byte in range(256))
+    is_complete = has_all_bytes and sorted(ids.values()) == list(range(len(ids)))
     if last != END_OF_TEXT.encode() or not is_complete:
         raise ValueError(f"encoder.json does not number its tokens from 0 to {END_OF_TEXT}, the last one")
     return encoding_of(tokens)
@@ -881,7 +884,7 @@ def load_classifier(path, device="cpu"):
         if content.pop("version", None) != CLASSIFIER_VERSION:
             raise ValueError("saved by another version of gpt_spam; train again")
         model = GPTModel(content.pop("config"))
-        add_classification_head(model, len(content["labels"]))
+        model.out_head = nn.Linear(model.cfg["emb_dim"], len(content["labels"]))
         model.load_state_dict(content.pop("model"), assign=True)
         content["tokenizer"] = encoding_of(content["tokenizer"])
         classifier = Classifier(model.eval(), **content)
@@ -1042,7 +1045,7 @@ def read_columns(path, names):
     text = decode(content, path, encoding).strip("\r\n")
     with reading(path, "is not a table of texts"):
         if text.startswith("{"):  # JSON lines: an array but for its brackets and commas
-            text = "[" + re.sub(r"\n\s*\{", ",\n{", text) + "]"
+            text = "[" + re.sub(r"\n[ \t\r]*\{", ",\n{", text) + "]"
         if text.startswith("["):
             df = pd.DataFrame(json.loads(text), dtype=object)
         else:
@@ -1050,7 +1053,7 @@ def read_columns(path, names):
         df.columns = [str(column).strip().lower() for column in df]
         wanted = [name.lower() for name in names]
         if df.empty or sorted(df.columns[df.columns.isin(wanted)]) != sorted(wanted):
-            raise ValueError(f"needed: rows, and a column each of the names {names}; found: the columns "
+            raise ValueError(f"needed: rows, and different columns of the names {names}; found: the columns "
                              f"{list(df)!r:.150} and {len(df)} rows")
         df = df[wanted]
         is_cell = df.map(np.isscalar) & df.notna()  # JSON may hold lists and null
@@ -1095,10 +1098,14 @@ def decode(content, source, encoding="utf-8"):
 
 def read_lines(stream, source):
     """Yield lists of the lines of a byte stream, each as soon as it has arrived."""
-    rest = b""
-    for chunk in iter(lambda: stream.read1(1 << 16), b""):
-        *lines, rest = re.split(rb"\r?\n|\r(?!\Z)", rest + chunk)  # the last "\r" may be half of "\r\n"
-        yield [decode(line, source) for line in lines]
+    rest, size = b"", 1 << 12
+    for chunk in iter(lambda: stream.read1(size), b""):
+        size = 1 << 18  # after the first answers, which come soon, many at a time: it is faster
+        *lines, rest = (rest + chunk).splitlines(keepends=True)
+        if rest.endswith(b"\n"):  # "\r" may be half of "\r\n"
+            lines.append(rest)
+            rest = b""
+        yield [decode(line.rstrip(b"\r\n"), source) for line in lines]
     if rest:
         yield [decode(rest.rstrip(b"\r"), source)]
 
@@ -1176,8 +1183,8 @@ def reading(path, problem):
     """Turn an error in what is read into one line of ValueError; an OSError says itself what it is."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, EOFError, RuntimeError, zlib.error,
-            zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, EOFError, RuntimeError,
+            zlib.error, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} {problem} ({reason:.200})") from error
 
@@ -1252,9 +1259,9 @@ def cmd_train(args):
         if Path(path).resolve() in existing:  # a link would be replaced, not what it points to
             raise ValueError(f"{path} would be replaced by a file in {out}; choose another --out")
     is_ours = any(out.glob("classifier.pth")) or any(out.glob(".classifier.pth.*.tmp"))  # of a killed run
-    foreign = [path.name for path in existing if not (is_ours and path.is_file())]
+    foreign = [path for path in existing if not (is_ours and path.is_file())]
     if foreign:
-        raise ValueError(f"{out} has a {foreign[0]} that no training wrote; choose another --out")
+        raise ValueError(f"{foreign[0]} is not a file beside a classifier.pth; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # an error now, not after the training
     if args.plot:
@@ -1426,7 +1433,7 @@ def build_parser():
     add = classify.add_argument
     add("texts", nargs="*", metavar="TEXT", help="text to classify; without, lines of standard input")
     add("--input", metavar="FILE", help="lines, or a table (.csv, .tsv, .json, .jsonl)")
-    add("--text-column", help="column of a table's texts (default: text)")
+    add("--text-column", metavar="NAME", help="column of a table's texts (default: text)")
     add("--by-token", action="store_true", help="show the probability after each token")
 
     for command in (train, experiments):
@@ -1437,10 +1444,10 @@ def build_parser():
         add_settings(command, "hyperparameters, by default the chapter's", HYPERPARAMETERS)
     for command in (train, experiments, evaluate):
         add = command.add_argument_group("columns of a table").add_argument
-        add("--text-column", default="text", help="column of texts (default: text)")
-        add("--label-column", default="label", help="column of labels (default: label)")
+        add("--text-column", default="text", metavar="NAME", help="column of texts (default: text)")
+        add("--label-column", default="label", metavar="NAME", help="column of labels (default: label)")
     for add in (evaluate.add_argument, classify.add_argument):
-        add("--classifier", default=OUT, metavar="FOLDER", help="the --out of train, whose default it has")
+        add("--classifier", default=OUT, metavar="FOLDER", help="of train (default: weights/spam_classifier)")
     add_settings(train, "the book's seven questions, which experiments answers", QUESTIONS)
     return parser
 

@@ -50,6 +50,7 @@ ENCODER = (MICRO / "encoder.json").read_text()
 TOKENIZER, END = g.build_tokenizer(ENCODER), 319  # the id of <|endoftext|>
 MESSAGES = g.read_messages(HERE / "data" / "sample_sms.tsv")
 DEAD = "http://127.0.0.1:9"  # nobody listens there
+Evil = type("Evil", (), {"__reduce__": lambda self: (os.system, ("touch evil-was-here",))})  # runs, if loaded
 torch.set_num_threads(1)  # the models are small: threads cost more than they give
 
 
@@ -485,6 +486,7 @@ def test_blocks_stand_in_a_checkpoint_in_the_order_of_their_names(tmp_path):
     ("hparams.json", lambda b: b"<html>", "is not a"), ("encoder.json", lambda b: b[:100], "is not a"),
     ("encoder.json", lambda b: b.replace(b": 319", b": 320"), "<.endoftext.>"),
     ("encoder.json", lambda b: b.replace(b": 300,", b": 299,"), "encoder.json"),  # one id twice, one never
+    ("encoder.json", lambda b: b.replace(b'"a"', b'"qqqq"'), "encoder.json"),  # a byte without a token
     ("encoder.json", lambda b: b[:50] + b"\xff" + b[51:], "utf-8")], ids=str)
 def test_a_damaged_checkpoint_is_refused(tmp_path, file, change, said):
     shutil.copytree(MICRO, tmp_path / "changed")
@@ -593,6 +595,7 @@ def test_training_and_the_saved_classifier_equal_a_plain_loop(tmp_path, settings
     g.save_classifier(tmp_path / "c.pth", classifier)
     loaded = g.load_classifier(tmp_path / "c.pth")
     assert torch.equal(loaded.predict_proba(splits[2]["Text"]), predicted) and not loaded.model.training
+    assert all(param.requires_grad for param in loaded.model.parameters())  # it can be trained further
     frozen, last = loaded.model.trf_blocks
     assert (frozen.norm1.scale.dtype, last.norm1.scale.dtype) == (getattr(torch, s.dtype), torch.float32)
 
@@ -623,7 +626,7 @@ def test_settings_out_of_their_range_are_refused_and_those_without_effect_warned
         finetuned({"dtype": "bfloat16", "trainable_layers": "all", "context_length": 1})
     for processes, fewest in ((3, 4), (4, 2)):
         monkeypatch.setattr(g, "get_rank_and_world_size", lambda: (0, processes))
-        with pytest.raises(ValueError, match=f"{processes} processes .* 8 or a split of {fewest}"):
+        with pytest.raises(ValueError, match=f"{processes} processes .* 8 or {fewest} messages"):
             g.check_settings([*splits[:2], splits[2][:fewest]], {}, **right)
 
 
@@ -848,9 +851,6 @@ def test_a_file_is_replaced_by_a_whole_one_and_a_pipe_by_none(tmp_path):
 
 
 def test_a_classifier_that_cannot_be_used_says_why_and_runs_no_code(tmp_path, monkeypatch):
-    class Evil:
-        def __reduce__(self):
-            return os.system, ("touch evil-was-here",)
     def error_of(content):
         if isinstance(content, bytes):
             Path("bad.pth").write_bytes(content)
@@ -864,7 +864,8 @@ def test_a_classifier_that_cannot_be_used_says_why_and_runs_no_code(tmp_path, mo
     good, content = torch.load("bad.pth", weights_only=True), bytearray(Path("bad.pth").read_bytes())
     content[len(content) // 2] ^= 1
     for other in (b"text", b"", zipped(b"another zip"), Evil(), good | {"labels": Evil()}, [1], torch.ones(2),
-                  good | {"labels": ["a"]}, good["model"], good | {"unknown": 1}):
+                  good | {"labels": ["a"]}, good["model"], good | {"unknown": 1},
+                  good | {"config": BASE_CONFIG | {"n_heads": 0}}):
         assert "is not a classifier" in error_of(other)
     assert "is damaged" in error_of(bytes(content)) and "is damaged" in error_of(bytes(content[:5000]))
     del good["version"]  # as the first version had it
@@ -1025,7 +1026,7 @@ def test_experiments_print_the_books_accuracy_beside_ours(run, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("command, said", [
-    ("train --out .", "has a test.csv"), ("train --out full", "has a loss-plot.png that no training wrote"),
+    ("train --out .", "test.csv is not a file beside"), ("train --out full", "loss-plot.png is not a file"),
     ("train --out /proc", "/proc"), ("train --model .", "hparams.json"),
     ("train --data stars.csv", "the names ['label', 'text']"), ("train --data eggs.csv", "20 messages"),
     ("train --test-data eggs.csv", "['eggs'] are not among"), ("train --model gpt5", "no model 'gpt5'"),
@@ -1050,8 +1051,7 @@ def test_bad_input_is_one_line_and_status_2(run, trained, tmp_path, monkeypatch,
     Path("full/loss-plot.png").mkdir(parents=True)
     for file, content in files.items():
         Path(file).write_text(content)
-    evil = type("Evil", (), {"__reduce__": lambda self: (os.system, ("touch evil-was-here",))})
-    np.savez("pickled.npz", np.array([evil()], dtype=object))
+    np.savez("pickled.npz", np.array([Evil()], dtype=object))
     before = files_in(tmp_path)
     status, out, err = run(*(train_command(tmp_path, *args) if name == "train" else [name, *args]))
     assert status == 2 and re.fullmatch("gpt_spam: error: .*\n", err) and said in err
