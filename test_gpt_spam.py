@@ -775,6 +775,7 @@ def test_each_line_has_one_answer_however_the_bytes_arrive(size):
     assert lines_of(content) == ["hello", "", "😀 ü", "lone", "return", "", "£5 “now”", "£6 “now”", "a\0b…c",
                                  "Ã©…", " \u2028", "ÿ\ufffdend"]
     assert lines_of(b"four\n\xff\xfea\0\n6\n")[::2] == ["four", "6"]
+    assert len(next(g.read_lines(io.BytesIO(b"line\n" * 100_000), "a file"))) < 1000  # the first come soon
 
 
 CONTENT = np.random.default_rng(0).bytes(4 << 20)
