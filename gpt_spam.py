@@ -653,7 +653,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     if model.cfg["drop_rate"] > 0:
         raise ValueError(f"finetuning needs a drop_rate of 0, got {model.cfg['drop_rate']}")
     if not tokenizer.n_vocab == model.cfg["vocab_size"] == model.out_head.out_features:
-        raise ValueError("the model is finetuned already, or the tokenizer is not the model's; load both anew")
+        raise ValueError("the model is finetuned already, or the tokenizer is another's; load both anew")
     _, num_processes = get_rank_and_world_size()
 
     # 6.3 Data sets; their loaders follow in 6.5, when it is known what is frozen
