@@ -560,7 +560,7 @@ HYPERPARAMETERS = {
     "dtype": (("float32", "bfloat16"), "number format of the frozen blocks"),
 }
 QUESTIONS = {  # what the book's table of experiments varies
-    "trainable_layers": (("last_layer", "last_block", "last_two_blocks", "all", "lora"), "besides the head"),
+    "trainable_layers": (("last_layer", "last_block", "last_two_blocks", "all", "lora"), "with the head"),
     "token_pos": (("last", "first", "mean"), "token whose logits are used; mean: of all tokens"),
     "causal_mask": ((True, False), "no token attends to later ones"),
     "lora_rank": (1, "rank of LoRA's matrices"),
@@ -1256,7 +1256,7 @@ def cmd_train(args):
     out = Path(args.out).resolve()
     existing = [out / name for name in RESULT_FILES if (out / name).exists()]
     for path in (args.data, args.test_data or ""):
-        if Path(path).resolve() in existing:  # a link would be replaced, not what it points to
+        if Path(path).resolve() in [file.resolve() for file in existing]:
             raise ValueError(f"{path} would be replaced by a file in {out}; choose another --out")
     is_ours = any(out.glob("classifier.pth")) or any(out.glob(".classifier.pth.*.tmp"))  # of a killed run
     foreign = [path for path in existing if not (is_ours and path.is_file())]
@@ -1362,16 +1362,16 @@ def cmd_classify(args):
         raise ValueError("give texts or --input FILE, not both; --text-column is for a table: --input FILE")
     classifier = load_classifier(args.classifier, args.device)
     if args.texts:
-        lists = [args.texts]
+        batches = [args.texts]
     elif not args.input:
         if sys.stdin.isatty():
             print("Type a text and press Enter; Ctrl-D ends.", file=sys.stderr)
-        lists = read_lines(sys.stdin.buffer, "standard input")
+        batches = read_lines(sys.stdin.buffer, "standard input")
     elif args.text_column or args.input.lower().endswith((".csv", ".tsv", ".json", ".jsonl")):
-        lists = [read_columns(args.input, [args.text_column or "text"]).squeeze("columns")]
+        batches = [read_columns(args.input, [args.text_column or "text"]).squeeze("columns")]
     else:
-        lists = read_lines(open(args.input, "rb"), args.input)
-    for texts in lists:
+        batches = read_lines(open(args.input, "rb"), args.input)
+    for texts in batches:
         for text, row in zip(texts, classifier.predict_proba(texts)):
             if args.by_token:
                 print_by_token(text, classifier)
