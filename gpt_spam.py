@@ -108,8 +108,7 @@ class SpamDataset(Dataset):
             ids = tokenizer.encode_ordinary(text[:900_000]) if isinstance(text, str) else text
             encoded_texts.append(ids or [pad_token_id])  # an empty text has one token
         self.max_length = max(map(len, encoded_texts)) if max_length is None else max_length
-        if any(len(ids) > self.max_length for ids in encoded_texts):
-            warnings.warn(f"long texts are cut to {self.max_length:,} tokens; their rest is not read")
+        self.num_cut = sum(len(ids) > self.max_length for ids in encoded_texts)
         if padding:
             encoded_texts = [ids + [pad_token_id] * (self.max_length - len(ids)) for ids in encoded_texts]
         self.encoded_texts = [torch.tensor(ids[:self.max_length]) for ids in encoded_texts]  # (tokens,) each
@@ -633,6 +632,8 @@ def check_settings(splits, cfg, **settings):
     reads_zeros = settings["token_pos"] == "mean" or not settings["causal_mask"]  # by which `collate` pads
     if reads_zeros and batch_size > 1 and not settings["padding"]:
         raise ValueError(f"without padding, this token_pos or mask needs batch_size 1, not {batch_size}")
+    if cfg.get("drop_rate", 0) > 0:
+        raise ValueError(f"finetuning needs a drop_rate of 0, got {cfg['drop_rate']}")
     for name, size in (("lora_rank", "emb_dim"), ("context_length", "context_length")):
         if settings[name] > cfg.get(size, math.inf):
             raise ValueError(f"{name} {settings[name]:,} is more than the model's {size}, {cfg[size]:,}")
@@ -650,8 +651,6 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
         eval_freq=eval_freq, eval_iter=eval_iter, trainable_layers=trainable_layers, token_pos=token_pos,
         causal_mask=causal_mask, lora_rank=lora_rank, lora_alpha=lora_alpha, init=init, padding=padding,
         context_length=context_length, accumulation_steps=accumulation_steps, schedule=schedule, dtype=dtype)
-    if model.cfg["drop_rate"] > 0:
-        raise ValueError(f"finetuning needs a drop_rate of 0, got {model.cfg['drop_rate']}")
     if not tokenizer.n_vocab == model.cfg["vocab_size"] == model.out_head.out_features:
         raise ValueError("the model is finetuned already, or the tokenizer is another's; load both anew")
     _, num_processes = get_rank_and_world_size()
@@ -686,7 +685,6 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
     num_trained = sum(map(torch.numel, trained))
     num_all = sum(map(torch.numel, model.parameters()))
     print(f"Training {num_trained:,} of {num_all:,} parameters; the others stay frozen")
-    start_time = time.perf_counter()  # the frozen blocks are part of the training, as in the chapter
     datasets, num_cached = cache_hidden_states(model, datasets, num_frozen)
     label_logits = LabelLogits(model, token_pos, num_cached).to(device)  # new layers are made on the CPU
     if num_processes > 1:
@@ -713,6 +711,7 @@ def finetune(model, tokenizer, splits, class_weights=None, device="cpu", *,
         updates = epochs * math.ceil(len(loaders[0]) / accumulation_steps)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, lr, updates, pct_start=0.1, anneal_strategy="linear", cycle_momentum=False)
+    start_time = time.perf_counter()
     log = train_classifier_simple(label_logits, *loaders[:2], optimizer, device, epochs, eval_freq, eval_iter,
                                   loss_fn, accumulation_steps, scheduler)
     print(f"Training completed in {(time.perf_counter() - start_time) / 60:.2f} minutes.")
@@ -737,6 +736,9 @@ def make_datasets(splits, labels, tokenizer, padding, context_length, model):
         raise ValueError(f"{max_length:,} tokens are too many; context_length model cuts texts at {limit:,}")
     # Validation and test messages are cut and padded as those of training are.
     datasets = [SpamDataset(frame, tokenizer, max_length, padding=padding) for frame in frames]
+    num_cut = sum(dataset.num_cut for dataset in datasets)
+    if num_cut > 0:
+        warnings.warn(f"{num_cut:,} messages are cut to {max_length:,} tokens; their rest is not read")
     rank, num_processes = get_rank_and_world_size()
     shares = [list(dataset)[rank::num_processes] for dataset in datasets]
     del shares[0][len(frames[0]) // num_processes:]  # as many training messages in each process
@@ -845,6 +847,8 @@ class Classifier:
             raise TypeError(f"expected a string, or a list or column of strings, got {texts!r:.80}")
         frame = pd.DataFrame({"Text": rows, "Label": 0})
         dataset = SpamDataset(frame, self.tokenizer, self.max_length, padding=self.padding)
+        if dataset.num_cut > 0:
+            warnings.warn(f"texts are cut to {self.max_length} tokens, as in training; the rest is not read")
         label_logits = LabelLogits(self.model.eval(), self.token_pos)
         outputs = run_in_batches(self.model, label_logits, dataset, equal_lengths=self.token_pos == "mean")
         logits = torch.cat([torch.empty(0, len(self.labels)), *outputs])  # there may be no texts
@@ -992,8 +996,10 @@ def cache_hidden_states(model, datasets, num_frozen):
     if num_cached == 0 or num_local * size > memory / 2:  # too large to be kept
         return datasets, 0
     print(f"The frozen blocks' output never changes: it is computed once and kept, {size / 1e6:,.0f} MB")
+    start_time = time.perf_counter()
     blocks = model.trf_blocks[:num_cached]
     states = iter(run_in_batches(model, lambda batch: blocks(model.embed(batch.inputs)), items))
+    print(f"The frozen blocks took {time.perf_counter() - start_time:.1f} s")
     return [[(next(states), label) for _, label in dataset] for dataset in datasets], num_cached
 
 
@@ -1035,6 +1041,9 @@ def read_messages(path, text_column="text", label_column="label"):
         is_header = f"{label}\n{text}".lower() == f"{label_column}\n{text_column}".lower()  # again
         if is_header or label == "" or label != printable(label).lstrip('"'):
             raise ValueError(f"row {number} of {path} has no proper label: {label!r:.80}, text {text!r:.80}")
+    num_empty = (df["Text"].str.strip() == "").sum()
+    if num_empty > 0:
+        warnings.warn(f"empty texts in {path}: {num_empty:,}")
     return df
 
 
@@ -1060,8 +1069,13 @@ def read_columns(path, names):
         wrong = df[~is_cell.all(axis=1)]
         if len(wrong) > 0:
             raise ValueError(f"row {wrong.index[0] + 1} lacks a text or number: {list(wrong.iloc[0])!r:.150}")
-    df = df.map(lambda cell: str(cell).replace("\0", " "))
-    return df.map(lambda cell: cell.encode(errors="replace").decode())  # JSON may hold half a surrogate pair
+
+    def as_text(cell):  # JSON may hold NUL and half of a surrogate pair
+        if isinstance(cell, float) and cell.is_integer():  # as pandas writes an integer column
+            cell = int(cell)
+        return str(cell).replace("\0", " ").encode(errors="replace").decode()
+
+    return df.map(as_text)
 
 
 def read_csv(text):
@@ -1100,6 +1114,10 @@ def read_lines(stream, source):
     """Yield lists of the lines of a byte stream, each as soon as it has arrived."""
     rest, size = b"", 1 << 12
     for chunk in iter(lambda: stream.read1(size), b""):
+        is_utf_16 = chunk.startswith((b"\xff\xfe", b"\xfe\xff")) and b"\0" in chunk
+        is_packed = chunk.startswith((b"\x1f\x8b", b"PK\3\4"))  # gzip, zip
+        if size == 1 << 12 and (is_utf_16 or is_packed):
+            raise ValueError(f"{source} is packed or UTF-16; lines are read in UTF-8")
         size = 1 << 18  # after the first answers, which come soon, many at a time: it is faster
         *lines, rest = (rest + chunk).splitlines(keepends=True)
         if rest.endswith(b"\n"):  # "\r" may be half of "\r\n"
@@ -1372,10 +1390,11 @@ def cmd_classify(args):
     else:
         batches = read_lines(open(args.input, "rb"), args.input)
     for texts in batches:
-        for text, row in zip(texts, classifier.predict_proba(texts)):
+        best = classifier.predict_proba(texts).max(dim=-1)
+        for text, i, probability in zip(texts, best.indices.tolist(), best.values.tolist()):
             if args.by_token:
                 print_by_token(text, classifier)
-            print(f"{classifier.labels[row.argmax()]}\t{row.max():.4f}\t{printable(text)}")
+            print(f"{classifier.labels[i]}\t{probability:.4f}\t{printable(text)}")
 
 
 def print_by_token(text, classifier):
